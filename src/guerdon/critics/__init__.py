@@ -1,0 +1,1 @@
+"""What estimates: modules with ``value(traj) -> [B, T]``."""

@@ -1,0 +1,1 @@
+"""Where roles run: `local` in this process."""

@@ -1,0 +1,1 @@
+"""Figures that are computed from batches or from several runs."""

@@ -1,0 +1,1 @@
+"""Where steps come from: objects with ``collect(actor, n) -> Trajectories``."""

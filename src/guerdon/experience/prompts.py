@@ -1,0 +1,171 @@
+"""Prompts, in a seeded order, and the experience of answering them.
+
+The order is a pure function of the seed and of how many prompts were drawn: each pass over the list is a
+permutation of its own. The cursor is therefore one number, and a resumed run goes on exactly where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from guerdon.batch import Trajectories
+from guerdon.errors import DataError, UsageError
+from guerdon.randomness import mix, row_seeds
+
+
+class Sampler(Protocol):
+    """Whatever answers prompts: an actor role, or a policy."""
+
+    def sample(
+        self, prompts: Sequence[str], seeds: Tensor, group: Tensor | None = None, **options: Any
+    ) -> Trajectories: ...
+
+
+def read_prompts(path: str | Path, column: str = "prompt") -> list[str]:
+    """The prompts of a text file (one a line, blank lines skipped) or of a ``.jsonl`` file (``column``).
+
+    Raises `DataError` naming file and row: no such file, not UTF-8, not JSON, a row without the column or
+    with something else than a text in it, or no prompt at all.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}, row {line}: not UTF-8 (byte {data[error.start]:#04x}); save the file as UTF-8") from error
+    lines = text.split("\n")  # not splitlines: prompts may hold exotic separators
+    if path.suffix in (".jsonl", ".ndjson", ".json"):
+        prompts = [_column(path, n, line, column) for n, line in enumerate(lines, 1) if line.strip()]
+    else:
+        prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise DataError(f"{path}: holds no prompts; expected one a line")
+    return prompts
+
+
+def _column(path: Path, row: int, line: str, column: str) -> str:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}, row {row}: not a JSON object ({error})") from error
+    if not isinstance(values, dict) or column not in values:
+        has = ", ".join(values) if isinstance(values, dict) else type(values).__name__
+        raise DataError(f"{path}, row {row}: no column '{column}' (it has: {has})")
+    if not isinstance(values[column], str):
+        raise DataError(
+            f"{path}, row {row}, column '{column}': expected a text, found {type(values[column]).__name__}"
+        )
+    return values[column]
+
+
+class Prompts:
+    """A list of prompts, drawn without replacement; when it is used up, the next pass has a new order.
+
+    Args:
+        prompts: the texts. Their place in this list is the group number of their answers.
+        seed: of the order.
+        shuffle: False draws in the given order.
+
+    Raises `DataError` when the list is empty.
+    """
+
+    def __init__(self, prompts: Sequence[str], seed: int = 0, shuffle: bool = True) -> None:
+        self.texts = list(prompts)
+        if not self.texts:
+            raise DataError("the list of prompts is empty; give at least one")
+        self.seed = seed
+        self.shuffle = shuffle
+        self.drawn = 0
+        self._pass = -1
+        self._order: list[int] = []
+
+    @classmethod
+    def from_file(cls, path: str | Path, column: str = "prompt", seed: int = 0, shuffle: bool = True) -> Prompts:
+        """Prompts from a text or JSONL file; see `read_prompts`."""
+        return cls(read_prompts(path, column), seed, shuffle)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def draw(self, count: int) -> list[int]:
+        """The places in ``texts`` of the next ``count`` prompts."""
+        places = [self._place(self.drawn + i) for i in range(count)]
+        self.drawn += count
+        return places
+
+    def _place(self, position: int) -> int:
+        number, within = divmod(position, len(self.texts))
+        if not self.shuffle:
+            return within
+        if number != self._pass:
+            generator = torch.Generator().manual_seed(mix(self.seed, number))
+            self._order = torch.randperm(len(self.texts), generator=generator).tolist()
+            self._pass = number
+        return self._order[within]
+
+    def state_dict(self) -> dict[str, int]:
+        """The cursor."""
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.drawn = state["drawn"]
+
+
+class Prompted:
+    """Experience of a policy that answers prompts: language models, image generators, bandits over contexts.
+
+    Args:
+        prompts: a `Prompts`, or texts to make one of.
+        group_size: answers to each prompt. They lie next to each other: rows ``k G`` to ``k G + G - 1``
+            belong to one draw.
+        seed: of all sampling. Row ``i`` of the run always has the noise of ``(seed, i)``, however the rows
+            are batched.
+    """
+
+    def __init__(self, prompts: Prompts | Sequence[str], group_size: int = 1, seed: int = 0) -> None:
+        if group_size < 1:
+            raise UsageError(f"group_size must be at least 1, not {group_size}")
+        self.prompts = prompts if isinstance(prompts, Prompts) else Prompts(prompts, seed)
+        self.group_size = group_size
+        self.seed = seed
+        self.rows = 0
+
+    def collect(self, actor: Sampler, n: int, group_size: int | None = None, **options: Any) -> Trajectories:
+        """``n`` trajectories of ``actor``; ``options`` go to its sampler, ``group_size`` overrides the usual one.
+
+        ``group`` is the prompt's place in the list, so it names the same prompt in every round.
+        Raises `UsageError` when ``n`` is not a positive multiple of ``group_size``.
+        """
+        size = group_size or self.group_size
+        if n < 1 or n % size:
+            raise UsageError(f"cannot collect {n} trajectories in groups of {size}; use a multiple")
+        places = [p for p in self.prompts.draw(n // size) for _ in range(size)]
+        seeds = row_seeds(self.seed, self.rows, n)
+        self.rows += n
+        texts = [self.prompts.texts[place] for place in places]
+        group = torch.tensor(places, dtype=torch.int64)
+        return actor.sample(texts, seeds, group=group, **self._options(seeds, size), **options)
+
+    def _options(self, seeds: Tensor, group_size: int) -> dict[str, Any]:
+        """Further options for the sampler that follow from the rows."""
+        return {}
+
+    def state_dict(self) -> dict[str, int]:
+        """The cursor: prompts drawn and rows made."""
+        return {**self.prompts.state_dict(), "rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.prompts.load_state_dict(state)
+        self.rows = state["rows"]

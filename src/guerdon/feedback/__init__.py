@@ -1,0 +1,1 @@
+"""Who judges: objects with ``score(traj) -> [B]`` or ``[B, T]``."""

@@ -1,0 +1,53 @@
+"""What every judge can do, and the check of what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guerdon.batch import Trajectories
+from guerdon.errors import FeedbackError
+
+
+@runtime_checkable
+class Feedback(Protocol):
+    """A judge of trajectories."""
+
+    name: str
+
+    def score(self, traj: Trajectories) -> Tensor:
+        """``[B]`` scores of whole trajectories, or ``[B, T]`` rewards of steps; higher is better."""
+        ...
+
+
+def checked_scores(answer: Any, prompts: Sequence[str], judge: str) -> Tensor:
+    """What a judge answered, as float32 ``[B]``.
+
+    Args:
+        answer: a list, array or tensor of ``B`` numbers.
+        prompts: the ``B`` prompts that were judged, named in messages.
+        judge: its name, for messages.
+
+    Raises:
+        FeedbackError: another length, something that is no number, NaN or infinity.
+    """
+    try:
+        scores = answer.detach().to("cpu", torch.float32) if isinstance(answer, Tensor) else None
+        if scores is None:
+            scores = torch.from_numpy(np.asarray(answer, dtype=np.float32))
+    except (TypeError, ValueError) as error:
+        raise FeedbackError(
+            f"reward '{judge}' must return {len(prompts)} floats, got {type(answer).__name__}: {error}"
+        ) from error
+    if scores.shape != (len(prompts),):
+        got = f"{len(scores)} values" if scores.ndim == 1 else f"shape {list(scores.shape)}"
+        raise FeedbackError(f"reward '{judge}' returned {got} for {len(prompts)} samples; return one float a sample")
+    bad = ~torch.isfinite(scores)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise FeedbackError(f"reward '{judge}' returned {scores[row].item()} for the prompt {prompts[row]!r}")
+    return scores

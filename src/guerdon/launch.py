@@ -1,0 +1,412 @@
+"""From names to a run: brings a method, a task and an engine together, trains, measures, reports.
+
+`train` is what ``guerdon train`` calls, `resume` continues an interrupted run, `load` gives back a trained
+policy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from guerdon import catalog, tasks
+from guerdon.batch import Trajectories
+from guerdon.engine.local import LocalEngine
+from guerdon.errors import CheckpointError, GuerdonError, StorageError, UsageError, nearest
+from guerdon.feedback.base import Feedback
+from guerdon.feedback.functions import MixedReward
+from guerdon.roles import Role
+from guerdon.run import Run
+from guerdon.run.checkpoint import load_newest
+from guerdon.run.config import read_config
+from guerdon.tasks.base import Measured, Pieces, Task
+
+
+@dataclass
+class Result:
+    """What a run came to.
+
+    Attributes:
+        folder: the run's folder.
+        before, after: figures on the same prompts and noise, ``reward`` among them.
+        pictures: what was drawn, the most telling first.
+        actor: the trained role.
+        seconds: training time, measuring excluded.
+    """
+
+    folder: Path
+    before: dict[str, float]
+    after: dict[str, float]
+    pictures: list[str]
+    actor: Role = field(repr=False)
+    seconds: float = 0.0
+
+
+# --- resolving names --------------------------------------------------------------------------------------
+
+
+def method_class(slug: str) -> type:
+    """The class of a method in the catalog. Raises `UsageError` for an unknown or a planned one."""
+    system = catalog.find(slug)
+    if system.status != "ready" or system.method is None or system.cls is None:
+        ready = ", ".join(s.slug for s in catalog.systems(status="ready"))
+        raise UsageError(f"'{system.slug}' is planned, not built yet; ready: {ready}")
+    return getattr(importlib.import_module(system.method), system.cls)
+
+
+def default_task(slug: str) -> str:
+    """The task that ``guerdon train METHOD`` uses when none is named: the first that fits its policies."""
+    fitting = tasks.with_kind(catalog.find(slug).policies)
+    if not fitting:
+        raise UsageError(f"no task fits '{slug}' yet")
+    return fitting[0]
+
+
+def method_for(slug: str, task: str, **options: Any) -> Any:
+    """A method with its published defaults, the task's recipe over them, and ``options`` over both.
+
+    Raises `UsageError` for an option that the method does not have, with the nearest name.
+    """
+    cls = method_class(slug)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for option in options:
+        if option not in names:
+            raise UsageError(f"'{slug}' has no option '{option}'; {nearest(option, names)}")
+    recipe = tasks.find(task).recipes.get(catalog.find(slug).slug, {})
+    return cls(**{**recipe, **options})
+
+
+def policy_kind(slug: str, task: str) -> str:
+    """The kind of policy that method and task agree on. Raises `UsageError` when there is none."""
+    wanted = catalog.find(slug).policies
+    offered = tasks.TASKS[task][2] if task in tasks.TASKS else tasks.find(task).kinds
+    for kind in offered:
+        if kind in wanted:
+            return kind
+    fitting = ", ".join(tasks.with_kind(wanted)) or "none yet"
+    raise UsageError(
+        f"'{slug}' trains a {' or '.join(wanted)} policy, but task '{task}' has {' and '.join(offered)}; "
+        f"tasks that fit: {fitting}"
+    )
+
+
+# --- putting the pieces together --------------------------------------------------------------------------
+
+
+class _Monitored:
+    """A judge that also logs what the task watches beside the reward."""
+
+    def __init__(self, feedback: Feedback, task: Task, log: Callable[..., None]) -> None:
+        self.feedback, self.task, self.log = feedback, task, log
+        self.name = feedback.name
+
+    def score(self, traj: Trajectories) -> Tensor:
+        score = self.feedback.score(traj)
+        watched: dict[str, Any] = dict(self.task.monitor(traj))
+        if isinstance(self.feedback, MixedReward):
+            watched |= {f"reward_{name}": value for name, value in self.feedback.parts.items()}
+        self.log(**watched)
+        return score
+
+
+@dataclass
+class _Assembly:
+    """A method, a task and the roles, ready to train or to answer."""
+
+    method: Any
+    task: Task
+    engine: LocalEngine
+    roles: dict[str, Role]
+    feedback: Feedback
+    kind: str
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        return self.task.sampling(self.method)
+
+
+def _engine(name: str, device: str, threads: int | None, overrides: dict[str, Any]) -> LocalEngine:
+    if name != "local":
+        raise UsageError(f"unknown engine '{name}'; known: local")
+    return LocalEngine(device, threads, **overrides)
+
+
+def _assemble(slug: str, method: Any, task_name: str, pieces: Pieces, engine: LocalEngine) -> _Assembly:
+    kind = policy_kind(slug, task_name)
+    task = tasks.find(task_name)(pieces)
+    feedback = task.feedback()
+    policy = task.policy(kind)
+    if policy.kind not in catalog.find(slug).policies:
+        raise UsageError(
+            f"'{slug}' trains a {' or '.join(catalog.find(slug).policies)} policy, but the model at "
+            f"'{pieces.model}' is a {policy.kind} policy"
+        )
+    settings = method.roles()
+    wants = inspect.signature(method.train).parameters
+    models: dict[str, Any] = {"actor": policy}
+    if "critic" in settings and "critic" in wants:
+        models["critic"] = task.critic(policy)
+    roles = {name: engine.role(name, model, settings=settings.get(name)) for name, model in models.items()}
+    return _Assembly(method, task, engine, roles, feedback, kind)
+
+
+def _absolute(pieces: Pieces) -> Pieces:
+    """Paths as absolute ones, so that a run can be resumed from another folder."""
+
+    def fix(value: str | None) -> str | None:
+        return str(Path(value).resolve()) if value is not None and Path(value).exists() else value
+
+    reward = pieces.reward
+    if reward is not None and ":" in reward:
+        terms = []
+        for term in reward.split("+"):
+            weight, star, name = term.rpartition("*")
+            path, colon, function = name.strip().rpartition(":")
+            name = f"{fix(path)}{colon}{function}" if colon else name.strip()
+            terms.append(f"{weight.strip()}{star}{name}")
+        reward = " + ".join(terms)
+    return Pieces(fix(pieces.model), fix(pieces.prompts), reward)
+
+
+def _free_name(runs: Path, slug: str) -> str:
+    taken = {p.name for p in runs.iterdir()} if runs.is_dir() else set()
+    return next(name for i in range(1, 100_000) if (name := f"{slug}-{i}") not in taken)
+
+
+def train(
+    method: str | Any,
+    task: str | None = None,
+    *,
+    name: str | None = None,
+    runs: str | Path = "runs",
+    seed: int = 0,
+    model: str | None = None,
+    prompts: str | None = None,
+    reward: str | Callable[..., Any] | None = None,
+    device: str = "auto",
+    engine: str = "local",
+    threads: int | None = None,
+    precision: str | None = None,
+    compile: bool | None = None,
+    log: Sequence[str] = (),
+    checkpoint_every: float = 30.0,
+    checkpoint_steps: int | None = None,
+    progress: bool = True,
+    max_seconds: float | None = None,
+    **options: Any,
+) -> Result:
+    """Train a policy and measure it before and after.
+
+    Args:
+        method: slug of a method (``"rlcm"``) with ``options`` of its own, or a method object.
+        task: name of a ready problem; the method's default one when None.
+        name: the folder under ``runs``; a free one is chosen when None.
+        seed: of everything random.
+        model, prompts, reward: replace the task's own pieces (see `Pieces`); ``reward`` may be a function.
+        device: "auto", "cpu", "cuda", ...
+        engine: where the roles run.
+        threads: CPU threads; None chooses by the size of the model.
+        precision, compile: override the roles' settings.
+        log: further loggers: "tensorboard", "wandb", "trackio".
+        checkpoint_every: seconds between checkpoints; ``checkpoint_steps`` rounds instead, if given.
+        progress: show a live progress bar.
+        max_seconds: stop after about this many seconds of training, at the end of a round.
+
+    Raises:
+        GuerdonError: whatever is wrong with the input, before anything is trained.
+        KeyboardInterrupt: stopped by the user, after saving.
+    """
+    slug = method if isinstance(method, str) else _slug_of(method)
+    system = catalog.find(slug)
+    task = task or default_task(slug)
+    if isinstance(method, str):
+        method = method_for(slug, task, **options)
+    elif options:
+        raise UsageError("options go into the method object when one is given")
+    function = reward if callable(reward) else None
+    pieces = _absolute(Pieces(model, prompts, None if function else reward))  # type: ignore[arg-type]
+    folder = Path(runs) / (name or _free_name(Path(runs), system.slug))
+    config = {
+        "method": system.slug,
+        "options": dataclasses.asdict(method),
+        "task": task,
+        "pieces": dataclasses.asdict(pieces),
+        "engine": engine,
+        "device": device,
+        "threads": threads,
+        "precision": precision,
+        "compile": compile,
+        "log": list(log),
+        "checkpoint_every": checkpoint_every,
+        "checkpoint_steps": checkpoint_steps,
+        "max_seconds": max_seconds,
+        "function": getattr(function, "__name__", None),
+    }
+    return _launch(folder, config, method, seed, progress, function, again=False)
+
+
+def resume(folder: str | Path, *, progress: bool = True, reward: Callable[..., Any] | None = None) -> Result:
+    """Continue the run in ``folder`` from its newest valid checkpoint.
+
+    ``reward`` is needed only where the run was started from Python with a function.
+    Raises `CheckpointError` when the folder holds no run.
+    """
+    content = read_config(folder)
+    config = content["config"]
+    try:
+        method = method_class(config["method"])(**config["options"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}/config.json does not describe a run that this version knows: {error}") from error
+    if config.get("function") and reward is None:
+        raise UsageError(f"{folder} was trained on the function '{config['function']}'; pass it as reward=")
+    return _launch(Path(folder), config, method, content["seed"], progress, reward, again=True)
+
+
+def _slug_of(method: Any) -> str:
+    for system in catalog.systems():
+        if system.cls == type(method).__name__ and system.method == type(method).__module__:
+            return system.slug
+    raise UsageError(f"{type(method).__name__} is not in the catalog; add a row to guerdon/catalog.py")
+
+
+def _launch(
+    folder: Path,
+    config: dict[str, Any],
+    method: Any,
+    seed: int,
+    progress: bool,
+    function: Callable[..., Any] | None,
+    again: bool,
+) -> Result:
+    if not again and (folder / "config.json").exists():
+        raise UsageError(f"{folder} already holds a run; continue it with 'guerdon resume {folder}', or take another --name")
+    overrides = {"precision": config.get("precision"), "compile": config.get("compile")}
+    engine = _engine(config["engine"], config["device"], config["threads"], overrides)
+    try:
+        pieces = Pieces(**config["pieces"])
+        parts = _assemble(config["method"], method, config["task"], pieces, engine)
+        if function is not None:
+            from guerdon.feedback.functions import FunctionReward
+
+            parts.feedback = FunctionReward(function)
+        actor = parts.roles["actor"]
+        experience = parts.task.experience(seed)
+        # Measured before the run's folder exists: a judge that fails costs nothing and leaves nothing behind.
+        before = parts.task.measure(actor, parts.feedback, **parts.sampling)
+        run = Run(
+            folder,
+            engine=engine,
+            seed=seed,
+            config=config,
+            checkpoint_every=config.get("checkpoint_every") or 30.0,
+            checkpoint_steps=config.get("checkpoint_steps"),
+            log=config.get("log") or (),
+            progress=progress,
+            resume=again,
+            max_seconds=config.get("max_seconds"),
+        )
+        with run:
+            for name, role in parts.roles.items():
+                run.adopt(name, role)
+            run.track("experience", experience)
+            judge = _Monitored(parts.feedback, parts.task, run.log)
+            available: dict[str, Any] = {**parts.roles, "experience": experience, "feedback": judge}
+            wants = [p for p in inspect.signature(method.train).parameters if p != "run"]
+            start = time.perf_counter()
+            method.train(run, **{name: available[name] for name in wants if name in available})
+            seconds = time.perf_counter() - start
+            after = parts.task.measure(actor, parts.feedback, **parts.sampling)
+            pictures = _finish(folder, parts, before, after)
+        return Result(folder, before.figures, after.figures, pictures, actor, seconds)
+    finally:
+        engine.close()
+
+
+def _finish(folder: Path, parts: _Assembly, before: Measured, after: Measured) -> list[str]:
+    """Save the model and the report."""
+    try:
+        parts.roles["actor"].save(folder / "model")
+        records = read_records(folder)
+        pictures = parts.task.report(before, after, folder, records)
+        with contextlib.suppress(ImportError):
+            from guerdon.run.plots import curves
+
+            keys = [k for k in ("reward", "accuracy") if records and k in records[0]]
+            if keys:
+                curves(records, keys, folder / "curves.png")
+                pictures.append(str(folder / "curves.png"))
+        summary = {"before": before.figures, "after": after.figures}
+        (folder / "result.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write the results of {folder}: {error.strerror or error}") from error
+    return pictures
+
+
+def read_records(folder: str | Path) -> list[dict[str, Any]]:
+    """The records of a run's ``metrics.jsonl``; a torn last line is left out."""
+    records = []
+    path = Path(folder) / "metrics.jsonl"
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    return records
+
+
+# --- trained policies -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Loaded:
+    """A trained policy with the task it was trained on."""
+
+    actor: Role
+    task: Task
+    feedback: Feedback
+    sampling: dict[str, Any]
+    step: int
+
+
+def load(folder: str | Path, *, untrained: bool = False, device: str = "auto") -> Loaded:
+    """The policy of the run in ``folder``, at its newest valid checkpoint.
+
+    Args:
+        folder: of the run.
+        untrained: the policy as it was before training instead.
+
+    Raises `CheckpointError` when the folder holds no run or no usable checkpoint.
+    """
+    config = read_config(folder)["config"]
+    engine = LocalEngine(device, config.get("threads"))
+    method = method_class(config["method"])(**config["options"])
+    parts = _assemble(config["method"], method, config["task"], Pieces(**config["pieces"]), engine)
+    step = 0
+    if not untrained:
+        newest = load_newest(folder)
+        if newest is None:
+            raise CheckpointError(f"{folder} has no usable checkpoint")
+        step, payload = newest
+        parts.roles["actor"].load_state_dict(payload["objects"]["actor"])
+    return Loaded(parts.roles["actor"], parts.task, parts.feedback, parts.sampling, step)
+
+
+def remove(folder: str | Path) -> None:
+    """Delete a run's folder. Refuses (`UsageError`) a folder that holds no run."""
+    path = Path(folder)
+    if not (path / "config.json").is_file() or not (path / "checkpoints").is_dir():
+        raise UsageError(f"{path} holds no run")
+    shutil.rmtree(path)
+
+
+__all__ = ["GuerdonError", "Loaded", "Result", "load", "read_records", "remove", "resume", "train"]

@@ -1,0 +1,1 @@
+"""Methods that use a known or learned model of the world."""

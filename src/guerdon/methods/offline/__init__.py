@@ -1,0 +1,1 @@
+"""Methods that learn from recorded data and rewards."""

@@ -1,0 +1,42 @@
+"""REINFORCE with a moving baseline (Williams, 1992)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from guerdon.experience.prompts import Prompted
+from guerdon.feedback.base import Feedback
+from guerdon.objectives.policy_gradient import Reinforce as ReinforceObjective
+from guerdon.optim import Adam
+from guerdon.roles import Role, RoleSettings
+from guerdon.run import Run
+
+
+@dataclass
+class Reinforce:
+    """One policy-gradient step a round, on rewards minus their moving average."""
+
+    rounds: int = 200  # rounds of sampling and learning
+    samples: int = 64  # trajectories a round
+    lr: float = 1e-3  # of Adam
+    baseline_decay: float = 0.9  # of the moving average of rewards that is subtracted
+    entropy: float = 0.0  # weight of an entropy bonus
+    max_grad_norm: float = 1.0  # longer gradients are scaled down to this
+    micro_batch: int | None = None  # trajectories a forward and backward pass
+
+    def roles(self) -> dict[str, RoleSettings]:
+        """How the actor is held and trained."""
+        return {"actor": RoleSettings(Adam(self.lr), self.max_grad_norm, micro_batch=self.micro_batch)}
+
+    def train(self, run: Run, actor: Role, experience: Prompted, feedback: Feedback) -> None:
+        """Sample, score, step along the score-weighted gradient of the log-probability; repeat."""
+        objective = ReinforceObjective(entropy=self.entropy)
+        for _ in run.steps(self.rounds):
+            traj = experience.collect(actor, self.samples)
+            score = feedback.score(traj)
+            traj = traj.judged(score)
+            mean = float(score.mean())
+            baseline = run.state.get("baseline", mean)
+            traj.advantage = traj.per_step(traj.score() - baseline)
+            run.state["baseline"] = self.baseline_decay * baseline + (1 - self.baseline_decay) * mean
+            run.log(**actor.update(traj, objective), reward=traj.score().mean())

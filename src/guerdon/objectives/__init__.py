@@ -1,0 +1,1 @@
+"""Pure losses: arrays to a scalar, and the small objectives that `Role.update` takes."""

@@ -1,0 +1,1 @@
+"""What acts: policies, each with ``sample``, ``distribution`` and ``log_prob``."""

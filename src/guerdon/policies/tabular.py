@@ -1,0 +1,85 @@
+"""Policies that are tables: one row of logits a context. Small enough to have closed forms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from guerdon.batch import Trajectories, encode_text
+from guerdon.policies.base import Policy, masked
+from guerdon.randomness import uniform
+
+
+class CategoricalTable(Policy):
+    """A categorical choice in each of a few named contexts (a contextual bandit's policy).
+
+    Args:
+        contexts: names of the contexts; `sample`'s prompts are among them.
+        actions: number of choices.
+    """
+
+    kind: ClassVar[str] = "categorical"
+
+    def __init__(self, contexts: Sequence[str], actions: int) -> None:
+        super().__init__()
+        self.contexts = list(contexts)
+        self._index = {name: i for i, name in enumerate(self.contexts)}
+        self.logits = nn.Parameter(torch.zeros(len(self.contexts), actions))
+
+    def sample(
+        self, prompts: Sequence[str], seeds: Tensor, group: Tensor | None = None, **options: object
+    ) -> Trajectories:
+        """One action a prompt; ``T`` is 1. Raises `KeyError` for an unknown context."""
+        context = torch.tensor([self._index[p] for p in prompts], device=self.logits.device)
+        log_probs = self.logits[context].log_softmax(-1)
+        draw = uniform(seeds, (1,), self.logits.device)
+        action = (log_probs.exp().cumsum(-1) < draw).sum(-1).clamp(max=log_probs.shape[-1] - 1)
+        rows = len(prompts)
+        step = TensorDict({"context": context[:, None], "action": action[:, None]}, batch_size=[rows, 1])
+        return Trajectories(
+            inputs=TensorDict({"step": step}, batch_size=[rows]),
+            log_prob=log_probs.gather(1, action[:, None]),
+            mask=torch.ones(rows, 1, dtype=torch.bool, device=context.device),
+            outputs=TensorDict(
+                {"prompt": encode_text(prompts).to(context.device), "action": action[:, None]}, batch_size=[rows]
+            ),
+            group=context if group is None else group,
+        )
+
+    def distribution(self, traj: Trajectories) -> TensorDict:
+        """``logits [B, T, A]``."""
+        logits = self.logits[traj.inputs["step", "context"]]
+        return TensorDict({"logits": logits}, batch_size=traj.mask.shape)
+
+    def log_prob(self, traj: Trajectories, distribution: TensorDict | None = None) -> Tensor:
+        """``[B, T]``."""
+        logits = self.logits[traj.inputs["step", "context"]] if distribution is None else distribution["logits"]
+        chosen = logits.log_softmax(-1).gather(-1, traj.inputs["step", "action"].unsqueeze(-1)).squeeze(-1)
+        return masked(chosen, traj.mask)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """``model.safetensors`` and ``config.json``."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"logits": self.logits.detach().cpu().contiguous()}, str(folder / "model.safetensors"))
+        config = {"kind": self.kind, "class": "CategoricalTable", "contexts": self.contexts}
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> CategoricalTable:
+        """Read what `save_pretrained` wrote."""
+        from safetensors.torch import load_file
+
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        logits = load_file(str(Path(folder) / "model.safetensors"))["logits"]
+        policy = cls(config["contexts"], logits.shape[1])
+        policy.logits.data.copy_(logits)
+        return policy

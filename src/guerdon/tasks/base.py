@@ -1,0 +1,94 @@
+"""The seam of a ready problem: who acts, on what, who judges, and how success is measured."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from guerdon.batch import Trajectories
+from guerdon.errors import UsageError
+from guerdon.experience.prompts import Prompted
+from guerdon.feedback.base import Feedback
+from guerdon.policies.base import Policy
+from guerdon.roles import Role
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a user may put in place of a task's own pieces; None keeps the task's.
+
+    Args:
+        model: path or hub name of a model.
+        prompts: path of a prompts file (text, one a line, or JSONL with a ``prompt`` column).
+        reward: name of a reward, ``file.py:function``, or a weighted sum such as ``a + 0.5*b``.
+    """
+
+    model: str | None = None
+    prompts: str | None = None
+    reward: str | None = None
+
+
+class Task(abc.ABC):
+    """A ready problem.
+
+    Attributes:
+        name: what ``--task`` takes.
+        summary: one line.
+        kinds: kinds of policy it can supply, its default first.
+        recipes: option values that suit this task where they differ from a method's published defaults
+            (which were chosen for large models), by method.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]]
+    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def __init__(self, pieces: Pieces | None = None) -> None:
+        self.pieces = pieces or Pieces()
+
+    @abc.abstractmethod
+    def policy(self, kind: str) -> Policy:
+        """A fresh policy of one of `kinds` (or what ``pieces.model`` names)."""
+
+    def critic(self, policy: Policy) -> nn.Module:
+        """A fresh critic that can judge the policy's states. Raises `UsageError` if the task has none."""
+        raise UsageError(f"task '{self.name}' has no critic for a {policy.kind} policy; use --critic false")
+
+    @abc.abstractmethod
+    def experience(self, seed: int) -> Prompted:
+        """Where steps come from."""
+
+    @abc.abstractmethod
+    def feedback(self) -> Feedback:
+        """The default judge, or what ``pieces.reward`` names."""
+
+    def monitor(self, traj: Trajectories) -> dict[str, float]:
+        """Figures about a batch beside its reward (prompt accuracy, say), logged every round."""
+        return {}
+
+    def sampling(self, method: Any) -> dict[str, Any]:
+        """Options of the sampler used to measure success, given the method's settings."""
+        return {}
+
+    @abc.abstractmethod
+    def measure(self, actor: Role, feedback: Feedback, **sampling: Any) -> Measured:
+        """Reward and other figures on fresh samples with fixed seeds, comparable before and after training."""
+
+    def report(
+        self, before: Measured, after: Measured, folder: Any, records: list[dict[str, Any]]
+    ) -> list[str]:
+        """Write pictures about the run into ``folder``; the paths written, the most telling one first."""
+        return []
+
+
+@dataclass
+class Measured:
+    """What `Task.measure` found: ``figures`` by name (``reward`` among them) and the samples themselves."""
+
+    figures: dict[str, float]
+    samples: Trajectories

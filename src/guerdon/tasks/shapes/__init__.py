@@ -1,0 +1,1 @@
+"""ShapesWorld: coloured shapes that are drawn, described and judged by rules."""
