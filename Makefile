@@ -1,7 +1,6 @@
 # make demo, make test, make lint: each makes .venv when it is missing and installs what it needs into it,
-# again only when pyproject.toml has changed. pip's own settings hold: on a machine without a GPU,
-#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
-# fetches the smaller PyTorch.
+# again only when pyproject.toml has changed. pip's own settings hold, so that an index with PyTorch's smaller
+# CPU build can be named by PIP_EXTRA_INDEX_URL.
 .POSIX:
 
 PYTHON = python3
@@ -22,12 +21,12 @@ INSTALL = \
 	wait $$pid || exit 1; echo ' done'; touch $@
 
 help:
-	@echo 'make demo   trains the smallest thing worth looking at'
+	@echo 'make demo   fine-tunes a tiny text-to-image model for a reward, keeping its prompts (about two minutes)'
 	@echo 'make test   runs the tests (make test ARGS="-k catalog" for some of them)'
 	@echo 'make lint   checks style, imports and types'
 
 demo: $(VENV)/.demo
-	@$(BIN)/guerdon demo
+	@$(BIN)/guerdon train rlcm --name demo-$$(date +%m%d-%H%M%S) --kl 1.0 $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)

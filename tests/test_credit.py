@@ -45,7 +45,9 @@ class Case:
         self.lengths = lengths
 
 
-cases = st.builds(Case, st.integers(0, 10_000), st.lists(st.integers(0, 7), min_size=1, max_size=5), st.just(7))
+cases = st.builds(
+    Case, st.integers(0, 10_000), st.lists(st.integers(0, 7), min_size=1, max_size=5), st.just(7)
+)
 
 
 def gae_by_definition(case: Case, gamma: float, lam: float) -> Tensor:
@@ -103,7 +105,11 @@ def test_bootstrap_is_the_next_value_of_the_last_step(case: Case) -> None:
 
 def test_truncation_bootstraps_and_termination_does_not() -> None:
     reward, value = torch.tensor([[1.0, 1.0]]), torch.tensor([[10.0, 20.0]])
-    mask, yes, no = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[False, True]]), torch.zeros(1, 2, dtype=torch.bool)
+    mask, yes, no = (
+        torch.ones(1, 2, dtype=torch.bool),
+        torch.tensor([[False, True]]),
+        torch.zeros(1, 2, dtype=torch.bool),
+    )
     settings: Any = {"bootstrap": torch.tensor([30.0]), "gamma": 0.5, "lam": 0.0}
     ended, _ = gae(reward, value, mask, yes, no, **settings)
     cut, _ = gae(reward, value, mask, no, yes, **settings)
@@ -124,7 +130,9 @@ def test_an_episode_without_flags_is_complete() -> None:
 @given(case=cases, extra=st.integers(1, 4))
 def test_padding_changes_nothing_even_if_it_is_not_finite(case: Case, extra: int) -> None:
     grow = lambda x, filler: torch.cat([x, torch.full((len(x), extra), filler, dtype=x.dtype)], 1)
-    plain = gae(case.reward, case.value, case.mask, case.terminated, case.truncated, next_value=case.next_value)
+    plain = gae(
+        case.reward, case.value, case.mask, case.terminated, case.truncated, next_value=case.next_value
+    )
     wide = gae(
         grow(case.reward, float("nan")),
         grow(case.value, float("inf")),
@@ -159,6 +167,24 @@ def test_float64_inside_keeps_the_digits() -> None:
     assert (narrow - exact).abs().max() > (wide - exact).abs().max()
 
 
+@pytest.mark.parametrize("steps", [1, 2, 63, 64, 65, 257])
+def test_long_rows_are_accumulated_as_a_loop_would(steps: int) -> None:
+    case = Case(steps, [steps, steps // 2], steps)
+    advantage, _ = gae(
+        case.reward,
+        case.value,
+        case.mask,
+        case.terminated,
+        case.truncated,
+        next_value=case.next_value,
+        lam=1.0,
+    )
+    torch.testing.assert_close(advantage, gae_by_definition(case, 0.99, 1.0))
+    returns = returns_to_go(case.reward, case.mask)
+    expected = (case.reward * case.mask).flip(1).cumsum(1).flip(1) * case.mask
+    torch.testing.assert_close(returns, expected)
+
+
 def test_credit_carries_no_gradient() -> None:
     value = torch.zeros(1, 3, requires_grad=True)
     for part in gae(torch.ones(1, 3), value, torch.ones(1, 3, dtype=torch.bool)):
@@ -187,7 +213,11 @@ def test_what_is_missing_is_said() -> None:
 # --- V-trace and returns ----------------------------------------------------------------------------------
 
 
-@given(case=cases, lam=st.sampled_from([1.0, 0.8]), clips=st.sampled_from([(1.0, 1.0), (2.0, 0.5), (100.0, 100.0)]))
+@given(
+    case=cases,
+    lam=st.sampled_from([1.0, 0.8]),
+    clips=st.sampled_from([(1.0, 1.0), (2.0, 0.5), (100.0, 100.0)]),
+)
 def test_vtrace_is_the_definition(case: Case, lam: float, clips: tuple[float, float]) -> None:
     gamma = 0.9
     advantage, target = vtrace(
@@ -220,7 +250,11 @@ def test_vtrace_is_the_definition(case: Case, lam: float, clips: tuple[float, fl
     for b, length in enumerate(case.lengths):
         for t in range(length):
             goes_on = t + 1 < length and not case.terminated[b, t] and not case.truncated[b, t]
-            after = v[b, t + 1].item() if goes_on else (0.0 if case.terminated[b, t] else case.next_value[b, t].item())
+            after = (
+                v[b, t + 1].item()
+                if goes_on
+                else (0.0 if case.terminated[b, t] else case.next_value[b, t].item())
+            )
             rho = min(ratio[b, t].item(), clips[0])
             expected[b, t] = rho * (case.reward[b, t].item() + gamma * after - case.value[b, t].item())
     torch.testing.assert_close(target, v)
@@ -250,7 +284,9 @@ def test_returns_to_go(case: Case, gamma: float) -> None:
             else:
                 total += factor * bootstrap[b].item()
             expected[b, t] = total
-    torch.testing.assert_close(returns_to_go(case.reward, case.mask, gamma, ended=ended, bootstrap=bootstrap), expected)
+    torch.testing.assert_close(
+        returns_to_go(case.reward, case.mask, gamma, ended=ended, bootstrap=bootstrap), expected
+    )
 
 
 # --- groups -----------------------------------------------------------------------------------------------
@@ -276,9 +312,16 @@ def test_group_relative(group: list[int], seed: int, std: bool, correction: int)
         if len(own) == 1:
             assert advantage[labels == g].item() == 0
     shift = torch.tensor([100.0 * g for g in group])
-    torch.testing.assert_close(group_relative((score.double() + shift), labels, std).float(), group_relative(score.double(), labels, std).float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        group_relative((score.double() + shift), labels, std).float(),
+        group_relative(score.double(), labels, std).float(),
+        rtol=1e-4,
+        atol=1e-5,
+    )
     order = torch.randperm(len(group), generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(group_relative(score[order], labels[order], std, correction=correction), advantage[order])
+    torch.testing.assert_close(
+        group_relative(score[order], labels[order], std, correction=correction), advantage[order]
+    )
 
 
 @given(group=groups, seed=st.integers(0, 99))
@@ -312,8 +355,12 @@ def test_normalise() -> None:
     assert abs(real.mean().item()) < 1e-6
     assert real.std().item() == pytest.approx(1, abs=1e-5)
     assert not result[~mask].any()
-    torch.testing.assert_close(real, (advantage[mask] - advantage[mask].mean()) / (advantage[mask].std() + 1e-8))
-    wide = normalise(torch.nn.functional.pad(advantage, (0, 3), value=float("nan")), torch.nn.functional.pad(mask, (0, 3)))
+    torch.testing.assert_close(
+        real, (advantage[mask] - advantage[mask].mean()) / (advantage[mask].std() + 1e-8)
+    )
+    wide = normalise(
+        torch.nn.functional.pad(advantage, (0, 3), value=float("nan")), torch.nn.functional.pad(mask, (0, 3))
+    )
     torch.testing.assert_close(wide[:, :6], result)
     torch.testing.assert_close(normalise(advantage + 100, mask), result, rtol=1e-3, atol=1e-4)
     assert normalise(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)).item() == 0
@@ -324,7 +371,7 @@ def test_normalise() -> None:
 
 
 class Published:
-    """The published semantics in numpy: put in first, then compare with the prompt or with the whole batch."""
+    """The published semantics in numpy: put in first, then compare with the prompt or the whole batch."""
 
     def __init__(self, size: int, least: int) -> None:
         self.size, self.least, self.kept = size, least, {}
@@ -351,7 +398,9 @@ def test_prompt_statistics_are_the_published_ones(
     for number, group in enumerate(stream):
         score, labels = scores(group, seed + number)
         expected = theirs.update(group, score.double().numpy())
-        np.testing.assert_allclose(mine.update(labels, score.double()).numpy(), expected, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(
+            mine.update(labels, score.double()).numpy(), expected, rtol=1e-6, atol=1e-6
+        )
 
 
 def test_the_whole_batch_stands_in_until_a_prompt_has_enough() -> None:

@@ -171,7 +171,7 @@ def _checked(cls: type[Self]) -> type[Self]:
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         if "batch_size" not in kwargs:
-            first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+            first = next((v for v in (*args, *kwargs.values()) if isinstance(v, (Tensor, Batch))), None)
             kwargs["batch_size"] = [first.shape[0]] if first is not None else []
         try:
             construct(self, *args, **kwargs)

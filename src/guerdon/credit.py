@@ -135,7 +135,7 @@ def group_relative(
     epsilon: float = 1e-6,
     correction: int = 1,
 ) -> Float[Tensor, " batch"]:
-    """How much better a row scored than its group: ``(s - mean_g) / (std_g + epsilon)`` (GRPO, Shao et al., 2024).
+    """``(s - mean_g) / (std_g + epsilon)``: how much better a row scored than its group (Shao et al., 2024).
 
     Args:
         group: ``[B]``, which prompt each row answers; any order, any sizes.
@@ -164,7 +164,9 @@ def leave_one_out(score: Float[Tensor, " batch"], group: Int[Tensor, " batch"]) 
     index, sums, counts = _group_sums(s, group)
     if bool((counts < 2).any()):
         alone = int(group[(counts < 2)[index]][0])
-        raise ShapeError(f"leave_one_out: group {alone} has a single row; it takes at least two answers a prompt")
+        raise ShapeError(
+            f"leave_one_out: group {alone} has a single row; it takes at least two answers a prompt"
+        )
     n = counts[index]
     # s - (sum - s)/(n - 1), from the centred score: equal scores then give exactly zero
     return ((s - (sums / counts)[index]) * n / (n - 1)).to(score.dtype)
@@ -174,7 +176,7 @@ def leave_one_out(score: Float[Tensor, " batch"], group: Int[Tensor, " batch"]) 
 def normalise(
     advantage: Float[Tensor, "batch step"], mask: Bool[Tensor, "batch step"], epsilon: float = 1e-8
 ) -> Float[Tensor, "batch step"]:
-    """Advantages with mean 0 and standard deviation 1 (divided by n - 1) over the real steps; masked ones 0."""
+    """Mean 0 and standard deviation 1 (variance divided by n - 1) over the real steps; masked ones get 0."""
     count = mask.count_nonzero()
     real = torch.where(mask, advantage, 0.0)
     centred = torch.where(mask, advantage - real.sum() / count.clamp(min=1), 0.0)
@@ -183,8 +185,8 @@ def normalise(
 
 
 class PromptStatistics:
-    """Running mean and deviation of each prompt's scores: the advantages of DDPO (Black et al., 2024) and RLCM
-    (Oertell et al., 2024).
+    """Running mean and deviation of each prompt's scores: the advantages of DDPO (Black et al., 2024) and
+    RLCM (Oertell et al., 2024).
 
     Each prompt keeps its last ``buffer_size`` scores. `update` first puts the new ones in; a prompt that then
     holds fewer than ``min_count`` is compared with the whole new batch instead.
@@ -220,22 +222,18 @@ class PromptStatistics:
         """
         if not bool(torch.isfinite(score).all()):
             row = int((~torch.isfinite(score)).nonzero()[0])
-            raise ShapeError(f"PromptStatistics: the score of row {row} is {score[row].item()}; it must be finite")
-        s = _precise(score)
+            raise ShapeError(
+                f"PromptStatistics: the score of row {row} is {score[row].item()}; it must be finite"
+            )
+        s = score.detach().cpu().double()
         for key, number in zip(group.tolist(), s.tolist(), strict=True):
             self._scores.setdefault(key, deque(maxlen=self.buffer_size)).append(number)
-        prompts, index = group.unique(return_inverse=True)
-        rows = [self._statistics(key, s) for key in prompts.tolist()]
-        mean, deviation = torch.tensor(rows, dtype=s.dtype, device=s.device).reshape(-1, 2).unbind(1)
-        return ((s - mean[index]) / (deviation[index] + self.EPSILON)).to(score.dtype)
-
-    def _statistics(self, prompt: int, batch: Tensor) -> tuple[float, float]:
-        kept = self._scores[prompt]
-        numbers = batch if len(kept) < self.min_count else torch.tensor(kept, dtype=batch.dtype)
-        # the mean is taken twice, so that equal scores deviate by exactly zero whatever their last digit
-        shift = numbers[0]
-        mean = shift + (numbers - shift).mean()
-        return mean.item(), (numbers - mean).square().mean().sqrt().item()
+        prompts, index = group.cpu().unique(return_inverse=True)
+        whole = _moments(s)
+        kept = [self._scores[prompt] for prompt in prompts.tolist()]
+        rows = [_moments(torch.tensor(k, dtype=s.dtype)) if len(k) >= self.min_count else whole for k in kept]
+        mean, deviation = torch.tensor(rows, dtype=s.dtype).reshape(-1, 2)[index].unbind(1)
+        return ((s - mean) / (deviation + self.EPSILON)).to(score.device, score.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """``prompts [P]``, ``counts [P]`` and all their ``scores`` in order: tensors only."""
@@ -261,6 +259,15 @@ def _precise(values: Tensor) -> Tensor:
     return values if values.device.type == "mps" else values.double()  # Apple's GPUs have no float64
 
 
+def _moments(values: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation (divided by n) of ``[N]`` values; equal ones deviate by exactly zero."""
+    if len(values) == 0:
+        return 0.0, 0.0
+    shift = values[0]  # what all have in common leaves no rounding behind
+    mean = shift + (values - shift).mean()
+    return mean.item(), (values - mean).square().mean().sqrt().item()
+
+
 def _real(values: Tensor, mask: Tensor, dtype: torch.dtype | None) -> Tensor:
     return torch.where(mask, values if dtype is None else values.to(dtype), 0.0)
 
@@ -281,7 +288,7 @@ def _following(
     next_value: Tensor | None,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """The value of the state after each step (0 where nothing follows), and 1 where the row's episode goes on."""
+    """The value of the state after each step (0 where nothing follows), and 1 where the episode goes on."""
     if bootstrap is not None and next_value is not None:
         raise ShapeError("give bootstrap [B] or next_value [B, T], not both")
     if next_value is None:
@@ -290,16 +297,23 @@ def _following(
             cut = truncated & mask & ~last
             if terminated is not None:
                 cut &= ~terminated
-            _refuse(cut, "is truncated inside its row: pass next_value [B, T], the value of the state before the reset")
+            _refuse(
+                cut,
+                "is truncated inside its row: pass next_value [B, T], values of the states before any reset",
+            )
         if bootstrap is None and (terminated is not None or truncated is not None):
             # with either flag the caller knows how rows end, so a missing value is an oversight, not a zero
             unended = last if terminated is None else last & ~terminated
             if terminated is None and truncated is not None:
                 unended = unended & truncated
-            _refuse(unended, "is the last of its row and not terminated: pass bootstrap [B] or next_value [B, T]")
+            _refuse(
+                unended, "is the last of its row and not terminated: pass bootstrap [B] or next_value [B, T]"
+            )
         following = torch.zeros_like(value)
         following[:, :-1] = value[:, 1:]
-        following = torch.where(last, 0.0 if bootstrap is None else bootstrap[:, None].to(value.dtype), following)
+        following = torch.where(
+            last, 0.0 if bootstrap is None else bootstrap[:, None].to(value.dtype), following
+        )
     else:
         following = next_value
     real = mask if terminated is None else mask & ~terminated
@@ -315,15 +329,19 @@ def _refuse(bad: Tensor, sentence: str) -> None:
 
 
 def _accumulate(delta: Tensor, decay: Tensor) -> Tensor:
-    """``x_t = delta_t + decay_t x_{t+1}`` along the steps, from the last to the first; ``[B, T]``."""
-    result = torch.empty_like(delta.t(), memory_format=torch.contiguous_format)
-    carry = delta.new_zeros(delta.shape[0])
-    steps = zip(
-        delta.t().contiguous().unbind(0), decay.t().contiguous().unbind(0), result.unbind(0), strict=True
-    )
-    for d, k, out in reversed(list(steps)):
-        carry = torch.addcmul(d, k, carry, out=out)
-    return result.t().contiguous()
+    """``x_t = delta_t + decay_t x_{t+1}`` along the steps, from the last to the first; ``[B, T]``.
+
+    By doubling: after k rounds each step holds the sum over the 2^k steps from it on, and the factor for what
+    comes behind them. log2(T) operations on the whole array instead of T on its columns.
+    """
+    delta, decay = delta.clone(), decay.clone()
+    reach, steps = 1, delta.shape[1]
+    while reach < steps:
+        # the products are new tensors: writing while reading the same memory would mix rounds
+        delta[:, :-reach] += decay[:, :-reach] * delta[:, reach:]
+        decay[:, :-reach] = decay[:, :-reach] * decay[:, reach:]
+        reach *= 2
+    return delta
 
 
 def _group_sums(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,7 +38,9 @@ def policy(request: pytest.FixtureRequest) -> DenoisingPolicy:
     nn.init.normal_(denoiser.conv_out.weight, std=0.1)
     tokenizer = WordTokenizer.from_words(["red", "blue", "circle", "ring"], model_max_length=4)
     encoder = TextEncoder(TextEncoderConfig(len(tokenizer), max_length=4, hidden_size=8))
-    return {"consistency": ConsistencyPolicy, "diffusion": DiffusionPolicy}[request.param](denoiser, encoder, tokenizer)
+    return {"consistency": ConsistencyPolicy, "diffusion": DiffusionPolicy}[request.param](
+        denoiser, encoder, tokenizer
+    )
 
 
 def test_collects_what_the_policy_would_sample(policy: DenoisingPolicy) -> None:
@@ -65,11 +67,15 @@ def test_shared_noise_survives_the_micro_batches_of_a_role(policy: DenoisingPoli
     role = Role("actor", policy, RoleSettings(sample_batch=2))
     whole = Denoisings(TEXTS, group_size=3, shared_noise=True).collect(policy, 6, steps=3)
     parts = Denoisings(TEXTS, group_size=3, shared_noise=True).collect(role, 6, steps=3)
-    torch.testing.assert_close(parts.inputs["step"]["next"], whole.inputs["step"]["next"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        parts.inputs["step"]["next"], whole.inputs["step"]["next"], atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 6])
-def test_stored_trajectories_reload_to_the_same_log_probs(policy: DenoisingPolicy, tmp_path: Path, rows: int) -> None:
+def test_stored_trajectories_reload_to_the_same_log_probs(
+    policy: DenoisingPolicy, tmp_path: Path, rows: int
+) -> None:
     traj = Denoisings(TEXTS).collect(policy, rows, steps=3)
     denoisings.save(traj, tmp_path / "round")
     again = denoisings.load(tmp_path / "round")

@@ -84,7 +84,11 @@ def test_text_and_jsonl_files(tmp_path: Path) -> None:
         ("a.txt", b"", "a.txt: holds no prompts"),
         ("a.jsonl", b"\n\n", "a.jsonl: holds no prompts"),
         ("a.txt", b"fine\n\xff\xfe\n", r"a.txt, row 2: not UTF-8 \(byte 0xff\)"),
-        ("a.jsonl", b'{"prompt": "x"}\n{"text": "y"}\n', r"a.jsonl, row 2: no column 'prompt' \(it has: text\)"),
+        (
+            "a.jsonl",
+            b'{"prompt": "x"}\n{"text": "y"}\n',
+            r"a.jsonl, row 2: no column 'prompt' \(it has: text\)",
+        ),
         ("a.jsonl", b'{"prompt": 3}\n', "a.jsonl, row 1, column 'prompt': expected a text, found int"),
         ("a.jsonl", b"hello\n", "a.jsonl, row 1: not a JSON object"),
         ("a.jsonl", b"[1]\n", "a.jsonl, row 1: no column 'prompt'"),

@@ -87,7 +87,9 @@ def make_batch(lengths: list[int], steps: int | None = None, seed: int = 0, **fi
         "reward": normal(B, T) * mask,
         "group": torch.arange(B) // 2,
     } | fields
-    return Trajectories(inputs=TensorDict({"step": step}, batch_size=[B]), mask=mask, batch_size=[B], **values)
+    return Trajectories(
+        inputs=TensorDict({"step": step}, batch_size=[B]), mask=mask, batch_size=[B], **values
+    )
 
 
 @pytest.fixture

@@ -53,28 +53,39 @@ def test_categorical(shape: tuple[int, ...], event: Any) -> None:
 
 @pytest.mark.parametrize("event", ["sum", "mean"])
 @pytest.mark.parametrize(
-    ("shape", "std_shape"), [((5,), None), ((5,), (1,)), ((5,), ()), ((2, 3, 3), (1, 1, 1)), ((2, 3, 3), ()), ((), None)]
+    ("shape", "std_shape"),
+    [((5,), None), ((5,), (1,)), ((5,), ()), ((2, 3, 3), (1, 1, 1)), ((2, 3, 3), ()), ((), None)],
 )
 def test_gaussian(shape: tuple[int, ...], std_shape: tuple[int, ...] | None, event: Any) -> None:
     p, q = gaussian(*shape, std_shape=std_shape), gaussian(*shape, seed=1, std_shape=std_shape)
     action = rand(B, T, *shape, seed=7)
     torch.testing.assert_close(divergence.kl(p, q, event), joined(kl_divergence(normal(p), normal(q)), event))
     torch.testing.assert_close(divergence.entropy(p, event), joined(normal(p).entropy(), event))
-    torch.testing.assert_close(divergence.log_prob(p, action, event), joined(normal(p).log_prob(action), event))
+    torch.testing.assert_close(
+        divergence.log_prob(p, action, event), joined(normal(p).log_prob(action), event)
+    )
 
 
 def test_gradients_by_finite_differences() -> None:
-    logits_p, logits_q = rand(B, T, 4).requires_grad_(), rand(B, T, 4, seed=1).requires_grad_()
-    mean_p, mean_q = rand(B, T, 2).requires_grad_(), rand(B, T, 2, seed=1).requires_grad_()
-    std_p, std_q = (rand(B, T, 1, seed=2).exp().requires_grad_(), rand(B, T, 2, seed=3).exp().requires_grad_())
-    action = rand(B, T, 2, seed=9)
-    pack = lambda **parts: TensorDict(parts, batch_size=[B, T])
-    assert torch.autograd.gradcheck(lambda p, q: divergence.kl(pack(logits=p), pack(logits=q)), (logits_p, logits_q))
+    logits_p, logits_q = rand(2, 2, 4).requires_grad_(), rand(2, 2, 4, seed=1).requires_grad_()
+    mean_p, mean_q = rand(2, 2, 2).requires_grad_(), rand(2, 2, 2, seed=1).requires_grad_()
+    std_p, std_q = (
+        rand(2, 2, 1, seed=2).exp().requires_grad_(),
+        rand(2, 2, 2, seed=3).exp().requires_grad_(),
+    )
+    action = rand(2, 2, 2, seed=9)
+    pack = lambda **parts: TensorDict(parts, batch_size=[2, 2])
+    assert torch.autograd.gradcheck(
+        lambda p, q: divergence.kl(pack(logits=p), pack(logits=q)), (logits_p, logits_q)
+    )
     assert torch.autograd.gradcheck(lambda p: divergence.entropy(pack(logits=p)), logits_p)
     assert torch.autograd.gradcheck(
-        lambda a, b, c, d: divergence.kl(pack(mean=a, std=b), pack(mean=c, std=d), "mean"), (mean_p, std_p, mean_q, std_q)
+        lambda a, b, c, d: divergence.kl(pack(mean=a, std=b), pack(mean=c, std=d), "mean"),
+        (mean_p, std_p, mean_q, std_q),
     )
-    assert torch.autograd.gradcheck(lambda a, b: divergence.log_prob(pack(mean=a, std=b), action), (mean_p, std_p))
+    assert torch.autograd.gradcheck(
+        lambda a, b: divergence.log_prob(pack(mean=a, std=b), action), (mean_p, std_p)
+    )
     assert torch.autograd.gradcheck(lambda a, b: divergence.entropy(pack(mean=a, std=b)), (mean_p, std_p))
 
 
@@ -95,7 +106,10 @@ def test_forbidden_actions_count_nothing_and_spoil_no_gradient() -> None:
     logits = torch.tensor([[[0.0, 1.0, -math.inf]]], requires_grad=True)
     p = TensorDict({"logits": logits}, batch_size=[1, 1])
     q = TensorDict({"logits": torch.tensor([[[1.0, 0.0, -math.inf]]])}, batch_size=[1, 1])
-    allowed_p, allowed_q = Categorical(logits=logits[..., :2]), Categorical(logits=torch.tensor([[[1.0, 0.0]]]))
+    allowed_p, allowed_q = (
+        Categorical(logits=logits[..., :2]),
+        Categorical(logits=torch.tensor([[[1.0, 0.0]]])),
+    )
     kl, entropy = divergence.kl(p, q), divergence.entropy(p)
     torch.testing.assert_close(kl, kl_divergence(allowed_p, allowed_q))
     torch.testing.assert_close(entropy, allowed_p.entropy())
@@ -112,7 +126,9 @@ def test_masked_steps_give_zero_and_pass_no_gradient_whatever_they_hold() -> Non
     std = torch.tensor([[[0.5], [0.5]]], requires_grad=True)
     mean = torch.tensor([[[1.0, 2.0], [3.0, math.nan]]], requires_grad=True)
     p = TensorDict({"mean": mean, "std": std}, batch_size=[1, 2])
-    padded = TensorDict({"mean": torch.zeros(1, 2, 2), "std": torch.tensor([[[1.0], [0.0]]])}, batch_size=[1, 2])
+    padded = TensorDict(
+        {"mean": torch.zeros(1, 2, 2), "std": torch.tensor([[[1.0], [0.0]]])}, batch_size=[1, 2]
+    )
     action = torch.full((1, 2, 2), math.inf)
     action[:, 0] = 0.0
     total = torch.zeros(1, 2)
@@ -145,7 +161,10 @@ def test_estimators_on_every_outcome_of_a_small_distribution() -> None:
     p = log_p.detach().exp()
     exact = (log_p.exp() * (log_p - log_q)).sum()
     reverse = (log_q.exp() * (log_q - log_p)).sum()
-    slope = {name: torch.autograd.grad(f, theta, retain_graph=True)[0] for name, f in (("pq", exact), ("qp", reverse))}
+    slope = {
+        name: torch.autograd.grad(f, theta, retain_graph=True)[0]
+        for name, f in (("pq", exact), ("qp", reverse))
+    }
 
     def expectation(name: Any) -> Tensor:
         return (p * divergence.estimate_kl(log_p, log_q, name)).sum()

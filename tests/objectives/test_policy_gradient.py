@@ -40,7 +40,9 @@ OBJECTIVES = [
 ]
 
 
-def draw(seed: int, shape: tuple[int, int] = (5, 7), dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+def draw(
+    seed: int, shape: tuple[int, int] = (5, 7), dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     old = torch.randn(shape, generator=generator, dtype=dtype) - 1
     new = old + 0.4 * torch.randn(shape, generator=generator, dtype=dtype)
@@ -88,7 +90,7 @@ def test_clipped_surrogate_by_hand() -> None:
     loss = clipped_surrogate(log_prob, torch.zeros(1, 7), advantage, 0.2, dual_clip=3.0)
     torch.testing.assert_close(loss, torch.tensor([[-0.5, -1.0, -1.2, 0.8, 1.0, 1.5, 3.0]]))
     loss.sum().backward()
-    # no gradient once the ratio has left the range in the direction the advantage asked for, or at the dual clip
+    # no gradient once the ratio has left the range as the advantage asked, or at the dual clip
     assert log_prob.grad is not None
     torch.testing.assert_close(log_prob.grad, torch.tensor([[-0.5, -1.0, 0.0, 0.0, 1.0, 1.5, 0.0]]))
 
@@ -97,7 +99,9 @@ def test_gradients_by_finite_differences() -> None:
     new, old, advantage = draw(3, dtype=torch.float64)
     new.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: clipped_surrogate(x, old, advantage, 0.2), new)
-    assert torch.autograd.gradcheck(lambda x: clipped_surrogate(x, old, advantage, 0.1, clip_high=0.3, dual_clip=1.3), new)
+    assert torch.autograd.gradcheck(
+        lambda x: clipped_surrogate(x, old, advantage, 0.1, clip_high=0.3, dual_clip=1.3), new
+    )
     assert torch.autograd.gradcheck(lambda x: reinforce(x, advantage), new)
 
 
@@ -160,7 +164,9 @@ def test_drift() -> None:
     metrics = drift(new, old, mask, (0.2, 0.3))
     ratio = (new - old).exp()[mask]
     assert metrics["ratio_deviation_max"].item() == pytest.approx((ratio - 1).abs().max().item(), rel=1e-5)
-    assert metrics["clip_fraction"].item() == pytest.approx(((ratio < 0.8) | (ratio > 1.3)).float().mean().item())
+    assert metrics["clip_fraction"].item() == pytest.approx(
+        ((ratio < 0.8) | (ratio > 1.3)).float().mean().item()
+    )
     assert metrics["approx_kl"].item() == pytest.approx((ratio - 1 - ratio.log()).mean().item(), rel=1e-4)
     assert all(v.ndim == 0 and not v.requires_grad for v in metrics.values())
     assert "clip_fraction" not in drift(new, old, mask)
@@ -225,7 +231,9 @@ def test_micro_batches_of_steps_give_the_same_gradient(
 def test_padding_changes_nothing(objective: Any, batch: Any, token_policy: Any, gradient: Any) -> None:
     traj = batch(LENGTHS)
     wide = pad_steps(traj, 9)
-    for a, b in zip(gradient(objective, token_policy, traj), gradient(objective, token_policy, wide), strict=True):
+    for a, b in zip(
+        gradient(objective, token_policy, traj), gradient(objective, token_policy, wide), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     short, long = objective(token_policy, traj)[1], objective(token_policy, wide)[1]
     assert short.keys() == long.keys()
@@ -254,7 +262,9 @@ def test_entropy_and_exact_kl(batch: Any, token_policy: Any, denoising_policy: A
         assert all(v.ndim == 0 and not v.requires_grad for v in metrics.values())
 
 
-def test_a_reference_padded_with_zeros_spoils_nothing(batch: Any, denoising_policy: Any, gradient: Any) -> None:
+def test_a_reference_padded_with_zeros_spoils_nothing(
+    batch: Any, denoising_policy: Any, gradient: Any
+) -> None:
     traj = batch(LENGTHS)
     with torch.no_grad():
         traj.reference = denoising_policy.distribution(traj)

@@ -19,12 +19,17 @@ HOWS = ["step", "trajectory", "sum", "constant"]
 
 def ragged(lengths: list[int], steps: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     mask = torch.arange(steps)[None] < torch.tensor(lengths)[:, None]
-    values = torch.randn(len(lengths), steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    values = torch.randn(
+        len(lengths), steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return values, mask
 
 
 def naive(values: Tensor, mask: Tensor, how: str) -> float:
-    rows = [[v for v, m in zip(vs, ms, strict=True) if m] for vs, ms in zip(values.tolist(), mask.tolist(), strict=True)]
+    rows = [
+        [v for v, m in zip(vs, ms, strict=True) if m]
+        for vs, ms in zip(values.tolist(), mask.tolist(), strict=True)
+    ]
     real = [row for row in rows if row]
     flat = [v for row in real for v in row]
     if not flat:
@@ -125,6 +130,9 @@ def test_the_runtime_checker_is_on() -> None:
 @pytest.mark.usefixtures("unchecked")
 def test_an_unknown_reduction_names_the_nearest() -> None:
     mask = torch.ones(1, 1, dtype=torch.bool)
-    for call in (lambda: reduce(torch.zeros(1, 1), mask, "trajectories"), lambda: reduction_weight(mask, "steps")):
-        with pytest.raises(UsageError, match="did you mean '(trajectory|step)'"):
+    for call in (
+        lambda: reduce(torch.zeros(1, 1), mask, "trajectories"),
+        lambda: reduction_weight(mask, "steps"),
+    ):
+        with pytest.raises(UsageError, match=r"did you mean '(trajectory|step)'"):
             call()

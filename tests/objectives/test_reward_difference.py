@@ -107,7 +107,11 @@ def loop(log_prob: Tensor, traj: Any, objective: RewardDifference) -> float:
                 base = old if objective.reference == "old" else traj.reference_log_prob[row, t].item()
                 now, then = log_prob[row, t].item() - base, old - base
                 s += now
-                s_near += now if objective.clip is None else min(max(now, then - objective.clip), then + objective.clip)
+                s_near += (
+                    now
+                    if objective.clip is None
+                    else min(max(now, then - objective.clip), then + objective.clip)
+                )
             plain.append(s)
             near.append(s_near)
             values = traj.reward if objective.target == "score" else traj.advantage
@@ -121,7 +125,9 @@ def loop(log_prob: Tensor, traj: Any, objective: RewardDifference) -> float:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-def test_equals_the_definition_in_both_forms(objective: RewardDifference, batch: Any, token_policy: Any, gradient: Any) -> None:
+def test_equals_the_definition_in_both_forms(
+    objective: RewardDifference, batch: Any, token_policy: Any, gradient: Any
+) -> None:
     traj = batch(LENGTHS, group=GROUPS)
     expected = loop(token_policy.log_prob(traj), traj, objective)
     both = pairs(traj)
@@ -145,7 +151,9 @@ def test_trajectories_are_summed_over_time_only() -> None:
 
 
 def test_gradients_by_finite_differences() -> None:
-    draw = lambda *shape, seed: torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    draw = lambda *shape, seed: torch.randn(
+        *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     a, b = draw(4, 3, seed=0).requires_grad_(), draw(4, 2, seed=1).requires_grad_()
     scores = draw(4, seed=2), draw(4, seed=3)
     assert torch.autograd.gradcheck(lambda a, b: reward_difference(a, b, *scores, eta=0.7), (a, b))
@@ -153,11 +161,15 @@ def test_gradients_by_finite_differences() -> None:
 
 
 @pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o.target == "score"], ids=str)
-def test_a_constant_added_to_a_prompts_scores_changes_nothing(objective: Any, batch: Any, token_policy: Any, gradient: Any) -> None:
+def test_a_constant_added_to_a_prompts_scores_changes_nothing(
+    objective: Any, batch: Any, token_policy: Any, gradient: Any
+) -> None:
     traj = batch(LENGTHS, group=GROUPS)
     shift = torch.where(GROUPS == 7, 50.0, -20.0)
     shifted = traj.judged(traj.score() + shift)
-    for a, b in zip(gradient(objective, token_policy, traj), gradient(objective, token_policy, shifted), strict=True):
+    for a, b in zip(
+        gradient(objective, token_policy, traj), gradient(objective, token_policy, shifted), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
@@ -165,7 +177,9 @@ def test_a_constant_added_to_a_prompts_scores_changes_nothing(objective: Any, ba
 def test_padding_changes_nothing(objective: Any, batch: Any, token_policy: Any, gradient: Any) -> None:
     traj = batch(LENGTHS, group=GROUPS)
     wide = pad_steps(traj, 9)
-    for a, b in zip(gradient(objective, token_policy, traj), gradient(objective, token_policy, wide), strict=True):
+    for a, b in zip(
+        gradient(objective, token_policy, traj), gradient(objective, token_policy, wide), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -225,8 +239,8 @@ def test_regression_reaches_the_optimum(batch: Any) -> None:
         def log_prob(self, traj: Any) -> Tensor:
             return logits.log_softmax(0)[:, None]
 
-    optimiser = torch.optim.Adam([logits], lr=0.05)
-    for _ in range(400):
+    optimiser = torch.optim.Adam([logits], lr=0.1)
+    for _ in range(200):
         optimiser.zero_grad()
         RewardDifference(eta=beta, reference="frozen")(Bandit(), traj)[0].backward()
         optimiser.step()
@@ -244,7 +258,7 @@ def test_the_window_lies_around_the_sampled_value_not_around_zero() -> None:
 
 @pytest.mark.parametrize("reference", ["old", "frozen"])
 def test_the_gradient_stops_beyond_the_clip_only_when_the_loss_would_fall(reference: Any, batch: Any) -> None:
-    """One step moved by more than the clip: towards the target the pair is left alone, away from it corrected."""
+    """A step moved by more than the clip: towards the target it is left alone, away from it corrected."""
     for move, corrected in ((0.3, False), (-0.3, True)):
         traj = batch([1, 1], group=torch.tensor([0, 0]), reward=torch.tensor([[1.0], [0.0]]))
         policy = Table(traj.log_prob + torch.tensor([[move], [0.0]]))
@@ -260,7 +274,7 @@ def test_the_gradient_stops_beyond_the_clip_only_when_the_loss_would_fall(refere
 
 
 def test_the_larger_of_whole_pair_losses_not_of_steps(batch: Any) -> None:
-    """Two steps that moved apart by opposite amounts: clipped step by step they cancel, and so does the sum."""
+    """Two steps that moved by opposite amounts: clipped they cancel, and only then is the loss taken."""
     traj = batch([2, 2], group=torch.tensor([0, 0]), reward=torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
     policy = Table(traj.log_prob + torch.tensor([[0.5, -0.3], [0.0, 0.0]]))
     loss, _ = RewardDifference(clip=0.1)(policy, traj)

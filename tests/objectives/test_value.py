@@ -40,18 +40,25 @@ def test_clipped_loss_is_the_published_one_and_stops_far_moves(batch: Any) -> No
     near = traj.value + torch.clamp(value - traj.value, -0.2, 0.2)
     expected = torch.max((value - traj.target) ** 2, (near - traj.target) ** 2)[traj.mask].mean()
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(metrics["clip_fraction"], ((value - traj.value).abs() > 0.2)[traj.mask].float().mean())
+    torch.testing.assert_close(
+        metrics["clip_fraction"], ((value - traj.value).abs() > 0.2)[traj.mask].float().mean()
+    )
     # value rose by 1 towards a target above: no gradient any more; away from the target: full gradient
     for target, still in ((5.0, True), (-5.0, False)):
         moved = torch.ones(1, 1, requires_grad=True)
-        step = torch.max(mse(moved, torch.full((1, 1), target)), mse(clipped_value(moved, torch.zeros(1, 1), 0.2), torch.full((1, 1), target)))
+        step = torch.max(
+            mse(moved, torch.full((1, 1), target)),
+            mse(clipped_value(moved, torch.zeros(1, 1), 0.2), torch.full((1, 1), target)),
+        )
         step.sum().backward()
         assert moved.grad is not None
         assert (moved.grad.item() == 0) == still
 
 
 def test_gradients_by_finite_differences() -> None:
-    value = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    value = torch.randn(
+        3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
     old, target = torch.zeros(3, 4, dtype=torch.float64), torch.ones(3, 4, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda v: mse(v, target), value)
     assert torch.autograd.gradcheck(lambda v: huber(v, target, 0.7), value)
@@ -60,14 +67,20 @@ def test_gradients_by_finite_differences() -> None:
 
 @pytest.mark.parametrize(
     "objective",
-    [ValueRegression(), ValueRegression(0.2, "huber", reduction="trajectory"), ValueRegression(coefficient=0.5)],
+    [
+        ValueRegression(),
+        ValueRegression(0.2, "huber", reduction="trajectory"),
+        ValueRegression(coefficient=0.5),
+    ],
     ids=str,
 )
 def test_micro_batches_give_the_same_gradient(objective: Any, batch: Any, gradient: Any) -> None:
     torch.manual_seed(0)
     traj, critic = batch(LENGTHS), Critic()
     for a, b in zip(
-        gradient(objective, critic, traj), gradient(objective, critic, traj, list(traj.minibatches(2))), strict=True
+        gradient(objective, critic, traj),
+        gradient(objective, critic, traj, list(traj.minibatches(2))),
+        strict=True,
     ):
         torch.testing.assert_close(a, b)
     assert pickle.loads(pickle.dumps(objective)) == objective

@@ -15,7 +15,9 @@ from guerdon.policies.lora import LoRA
 @pytest.fixture
 def module() -> Denoiser:
     torch.manual_seed(0)
-    net = Denoiser(DenoiserConfig(sample_size=8, block_out_channels=(8, 16), cross_attention_dim=8, norm_num_groups=4))
+    net = Denoiser(
+        DenoiserConfig(sample_size=8, block_out_channels=(8, 16), cross_attention_dim=8, norm_num_groups=4)
+    )
     nn.init.normal_(net.conv_out.weight, std=0.1)
     return net.eval()
 

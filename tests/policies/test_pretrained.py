@@ -82,8 +82,19 @@ def pipeline_folder(folder: Path, kind: str, unet_options: dict[str, Any] | None
         norm_num_groups=4,
         sample_size=16,
     )
-    common = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-    parts = {"vae": vae, "text_encoder": encoder, "tokenizer": tokenizer, "unet": unet, "safety_checker": None}
+    common = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+    }
+    parts = {
+        "vae": vae,
+        "text_encoder": encoder,
+        "tokenizer": tokenizer,
+        "unet": unet,
+        "safety_checker": None,
+    }
     parts |= {"feature_extractor": None, "requires_safety_checker": False}
     if kind == "consistency":
         pipeline = LatentConsistencyModelPipeline(
@@ -237,7 +248,9 @@ def test_a_pipeline_without_vae_works_on_pixels(saved: tuple[str, Path], tmp_pat
     torch.manual_seed(1)
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel.from_config({**full.denoiser.config, "in_channels": 3, "out_channels": 3}).eval()
+    unet = UNet2DConditionModel.from_config(
+        {**full.denoiser.config, "in_channels": 3, "out_channels": 3}
+    ).eval()
     policy = KINDS[kind](unet, full.text_encoder, full.tokenizer, full.schedule)
     policy.save_pretrained(tmp_path / "pixels")
     again = load_policy(tmp_path / "pixels")
@@ -338,7 +351,9 @@ def test_foreign_pipelines_are_refused(saved: tuple[str, Path], tmp_path: Path) 
     index = json.loads((saved[1] / "model_index.json").read_text())
     index |= {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UsageError, match="is a StableDiffusionXLPipeline: guerdon runs pipelines of one CLIP"):
+    with pytest.raises(
+        UsageError, match="is a StableDiffusionXLPipeline: guerdon runs pipelines of one CLIP"
+    ):
         load_policy(tmp_path)
 
 

@@ -155,21 +155,30 @@ def test_a_damaged_newest_checkpoint_is_skipped(
     assert_same(folder, uninterrupted, weights)
 
 
-def interrupted_after(folder: Path, count: int) -> None:
+def interrupted_after(folder: Path, count: int, every: int = 8) -> None:
     """Train, and fail in the middle of the step after ``count``."""
-    original, calls = Run.step, 0
+    original = Run.step
 
     def step(self: Run, metrics: Any) -> None:
-        nonlocal calls
-        if self._position.step == count:
+        if self._open and self._position.step == count:
             raise RuntimeError("enough")
         original(self, metrics)
 
     Run.step = step  # type: ignore[method-assign]
     try:
-        toy_training.train(folder, pause=0, checkpoint_steps=8)
+        toy_training.train(folder, pause=0, checkpoint_steps=every)
     finally:
         Run.step = original  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("count", [0, 1, 19, 20, 21])
+def test_what_is_logged_before_a_loop_is_recorded_once(
+    tmp_path: Path, uninterrupted: tuple[bytes, dict[str, torch.Tensor]], count: int
+) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="enough"):
+        interrupted_after(folder, count, every=1)
+    assert_same(folder, uninterrupted, toy_training.train(folder, pause=0, resume=True))
 
 
 def test_torn_and_foreign_lines_after_the_checkpoint_are_cut_off(

@@ -23,6 +23,7 @@ from toy_training import Cursor, ToyEngine, ToyRole
 from guerdon.batch import Trajectories
 from guerdon.errors import CheckpointError, NonFiniteError, ShapeError, UsageError
 from guerdon.run import Interrupted, Run, checkpoint, read_config, read_metrics, read_timings
+from guerdon.run.metrics import Meter
 
 
 def make(folder: Path, **options: Any) -> Run:
@@ -95,9 +96,9 @@ def test_logging_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: pytes
         (None, "loss is a NoneType"),
     ],
 )
-def test_what_is_not_a_metric_is_refused_where_it_is_logged(tmp_path: Path, value: Any, message: str) -> None:
-    with make(tmp_path / "run") as run, pytest.raises((ShapeError, UsageError), match=message):
-        run.log(loss=value)
+def test_what_is_not_a_metric_is_refused_where_it_is_logged(value: Any, message: str) -> None:
+    with pytest.raises((ShapeError, UsageError), match=message):
+        Meter().add("loss", value)
 
 
 def test_the_name_step_and_mixed_kinds_are_refused(tmp_path: Path) -> None:
@@ -359,8 +360,24 @@ def test_checkpoints_come_by_steps_or_by_seconds_and_at_the_end(tmp_path: Path) 
         return sorted(int(p.name[5:]) for p in (tmp_path / name / "checkpoints").iterdir())
 
     assert saved("steps", checkpoint_steps=3) == [0, 3, 6, 7]
-    assert saved("rare", checkpoint_every=1000) == [0, 7]
-    assert saved("always", checkpoint_every=0) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert saved("rare", checkpoint_every=1000.0) == [0, 7]
+    assert saved("always", checkpoint_every=0.0) == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_how_often_checkpoints_are_made_is_not_seen_in_the_random_numbers(tmp_path: Path) -> None:
+    class Drawing(Cursor):
+        def state_dict(self) -> dict[str, int]:
+            torch.rand(3), random.random(), np.random.rand()
+            return super().state_dict()
+
+    def drawn(name: str, every: int) -> list[dict[str, Any]]:
+        with make(tmp_path / name, checkpoint_steps=every) as run:
+            run.track("drawing", Drawing())
+            for _ in run.steps(6):
+                run.log(a=torch.rand(()), b=random.random(), c=np.random.rand())
+        return read_metrics(tmp_path / name)
+
+    assert drawn("often", 1) == drawn("rarely", 5)
 
 
 def test_a_loop_left_by_break_is_recorded_and_finished(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_reader_that_goes_away_does_not_stop_the_run(monkeypatch: pytest.Monke
         def write(self, text: str) -> int:
             raise BrokenPipeError(32, "Broken pipe")
 
-    lines = Lines(_State(3, "step", 0, "reward", None), every=0)
+    lines = Lines(_State(3, "step", 0, "reward", None), every=0.0)
     monkeypatch.setattr(sys, "stdout", Closed())
     lines.advance(1, {})
     lines.note("x")
@@ -78,4 +78,4 @@ def test_slow_steps_are_shown_as_seconds_a_step() -> None:
 
 
 def test_clock() -> None:
-    assert [clock(x) for x in (0.2, 59.6, 750, 11100)] == ["0:00", "1:00", "12:30", "3:05:00"]
+    assert [clock(x) for x in (0.2, 59.6, 750.0, 11100.0)] == ["0:00", "1:00", "12:30", "3:05:00"]

@@ -97,6 +97,7 @@ def train(
             target.follow(critic, 0.1)
             time.sleep(pause)
         judge = run.adopt("judge", critic.copy())  # registered between the loops
+        run.log(between_loops=float(next(iter(critic.model.parameters())).detach().sum()))
         run.state["drawn"] = torch.zeros(3)
         for step in run.steps(steps, what="round"):
             order = torch.randperm(64, generator=run.generator)

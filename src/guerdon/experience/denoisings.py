@@ -54,7 +54,9 @@ def save(traj: Trajectories, folder: str | Path) -> None:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     groups = traj.group.tolist() if traj.group is not None else range(traj.batch_size[0])
     rows = []
-    for number, (pixels, prompt, group) in enumerate(zip(_arrays(traj.images), traj.prompts, groups, strict=True)):
+    for number, (pixels, prompt, group) in enumerate(
+        zip(_arrays(traj.images), traj.prompts, groups, strict=True)
+    ):
         name = f"images/{number:05d}.png"
         Image.fromarray(pixels).save(folder / name)
         rows.append({"image": name, "prompt": prompt, "group": group})

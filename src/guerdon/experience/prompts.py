@@ -42,7 +42,9 @@ def read_prompts(path: str | Path, column: str = "prompt") -> list[str]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, row {line}: not UTF-8 (byte {data[error.start]:#04x}); save the file as UTF-8") from error
+        raise DataError(
+            f"{path}, row {line}: not UTF-8 (byte {data[error.start]:#04x}); save the file as UTF-8"
+        ) from error
     lines = text.split("\n")  # not splitlines: prompts may hold exotic separators
     if path.suffix in (".jsonl", ".ndjson", ".json"):
         prompts = [_column(path, n, line, column) for n, line in enumerate(lines, 1) if line.strip()]
@@ -90,7 +92,9 @@ class Prompts:
         self._order: list[int] = []
 
     @classmethod
-    def from_file(cls, path: str | Path, column: str = "prompt", seed: int = 0, shuffle: bool = True) -> Prompts:
+    def from_file(
+        cls, path: str | Path, column: str = "prompt", seed: int = 0, shuffle: bool = True
+    ) -> Prompts:
         """Prompts from a text or JSONL file; see `read_prompts`."""
         return cls(read_prompts(path, column), seed, shuffle)
 
@@ -142,7 +146,7 @@ class Prompted:
         self.rows = 0
 
     def collect(self, actor: Sampler, n: int, group_size: int | None = None, **options: Any) -> Trajectories:
-        """``n`` trajectories of ``actor``; ``options`` go to its sampler, ``group_size`` overrides the usual one.
+        """``n`` trajectories of ``actor``; ``options`` go to its sampler, ``group_size`` overrides the usual.
 
         ``group`` is the prompt's place in the list, so it names the same prompt in every round.
         Raises `UsageError` when ``n`` is not a positive multiple of ``group_size``.

@@ -97,27 +97,21 @@ def log_prob(
     return _join(-0.5 * distance.square() - std.log() - _HALF_LOG_TAU, event, mask)
 
 
-def k1(
-    log_p: Float[Tensor, "batch step"], log_q: Float[Tensor, "batch step"]
-) -> Float[Tensor, "batch step"]:
+def k1(log_p: Float[Tensor, "batch step"], log_q: Float[Tensor, "batch step"]) -> Float[Tensor, "batch step"]:
     """``log p - log q``: unbiased for KL(p || q) on samples of p, large variance, can be negative. As a loss
     its expected gradient is zero: subtract it from the reward instead."""
     return log_p - log_q
 
 
-def k2(
-    log_p: Float[Tensor, "batch step"], log_q: Float[Tensor, "batch step"]
-) -> Float[Tensor, "batch step"]:
+def k2(log_p: Float[Tensor, "batch step"], log_q: Float[Tensor, "batch step"]) -> Float[Tensor, "batch step"]:
     """``(log p - log q)^2 / 2``: biased, small variance. As a loss on samples of p it has the expected
     gradient of the exact KL(p || q)."""
     return 0.5 * (log_p - log_q).square()
 
 
-def k3(
-    log_p: Float[Tensor, "batch step"], log_q: Float[Tensor, "batch step"]
-) -> Float[Tensor, "batch step"]:
+def k3(log_p: Float[Tensor, "batch step"], log_q: Float[Tensor, "batch step"]) -> Float[Tensor, "batch step"]:
     """``q/p - 1 - log(q/p)`` (Schulman, 2020, "Approximating KL divergence"): unbiased, small variance, never
-    negative. What GRPO (Shao et al., 2024) has in its loss, where its expected gradient is that of KL(q || p)."""
+    negative. GRPO (Shao et al., 2024) has it as a loss; its expected gradient there is that of KL(q || p)."""
     difference = log_q - log_p
     return difference.expm1() - difference  # expm1: near p = q the two terms cancel to many digits
 

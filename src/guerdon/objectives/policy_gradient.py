@@ -43,10 +43,10 @@ def clipped_surrogate(
         clip: how far the ratio may fall below 1 and, without ``clip_high``, rise above it.
         clip_high: how far it may rise ("clip higher", DAPO, Yu et al., 2025).
         dual_clip: for negative advantages the loss is at most ``-A * dual_clip``, with ``dual_clip > 1``
-            (Ye et al., 2020, eq. 5): a step that became many times likelier cannot dominate.
+            (Ye et al., 2020): a step that became many times likelier cannot dominate.
     """
-    # The maximum over two branches as one clamp: where A > 0 only the upper bound can bind, else only the lower
-    # (and the dual clip, an upper one). Half the nodes of the graph of the form above, equal to the last bit.
+    # The maximum over two branches as one clamp: where A > 0 only the upper bound can bind, else only the
+    # lower (and the dual clip, an upper one). Fewer nodes in the graph, and equal to the last bit.
     gains = advantage > 0
     upper = torch.full_like(advantage, math.inf if dual_clip is None else dual_clip)
     upper.masked_fill_(gains, 1.0 + (clip if clip_high is None else clip_high))
@@ -127,8 +127,8 @@ class _Regularised:
         entropy: what a nat of entropy is worth; needs the policy's ``distribution``.
         kl: what a nat of KL(policy || reference) costs.
         kl_estimator: ``"exact"`` reads ``batch.reference``; ``"k1"``, ``"k2"`` and ``"k3"`` read
-            ``batch.reference_log_prob`` and suppose fresh samples (see `divergence` for their gradients: of the
-            three only ``"k2"`` has that of this KL; ``"k3"`` is GRPO's).
+            ``batch.reference_log_prob`` and suppose fresh samples (see `divergence` for their gradients: of
+            the three only ``"k2"`` has that of this KL; ``"k3"`` is GRPO's).
     """
 
     reduction: Reduction = "step"
@@ -165,18 +165,23 @@ class _Regularised:
         return policy.log_prob(batch), None
 
     def _finish(
-        self, losses: Tensor, log_prob: Tensor, distribution: Any, policy: Any, batch: Trajectories, metrics: Metrics
+        self,
+        losses: Tensor,
+        log_prob: Tensor,
+        distribution: Any,
+        policy: Any,
+        batch: Trajectories,
+        metrics: Metrics,
     ) -> tuple[Tensor, Metrics]:
         """Add the regularisers to the per-step ``losses``, reduce once, complete the metrics."""
         mask = batch.mask
-        if distribution is not None:
-            event = getattr(policy, "event_reduction", "sum")
+        event: divergence.Event = getattr(policy, "event_reduction", "sum")
         if self.kl:
             if self.kl_estimator == "exact":
                 if batch.reference is None:
                     raise ShapeError(
-                        f"{type(self).__name__} with an exact KL needs batch.reference, which is missing: store "
-                        "reference.distribution(batch) there, or choose kl_estimator 'k2' or 'k3'"
+                        f"{type(self).__name__} with an exact KL needs batch.reference, which is missing: "
+                        "store reference.distribution(batch) there, or choose kl_estimator 'k2' or 'k3'"
                     )
                 kl = divergence.kl(distribution, batch.reference, event, mask)
             else:
@@ -257,9 +262,8 @@ class Reinforce(_Regularised):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.importance not in get_args(Importance):
-            raise UsageError(
-                f"Reinforce: importance is '{self.importance}'; {nearest(self.importance, get_args(Importance))}"
-            )
+            known = nearest(self.importance, get_args(Importance))
+            raise UsageError(f"Reinforce: importance is '{self.importance}'; {known}")
 
     def __call__(self, policy: Any, batch: Trajectories) -> tuple[Tensor, Metrics]:
         advantage = self._advantage(batch)

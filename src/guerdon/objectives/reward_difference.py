@@ -4,8 +4,8 @@ For two trajectories a, b of one prompt the loss is ``(eta (R_a - R_b) - (s_a - 
 score and ``R = sum_t log pi(step t) - log pi_ref(step t)``. A constant added to the scores of a prompt
 changes nothing. The reference tells two published methods apart:
 
-    * REBEL (Gao et al., 2024, eq. 1): the policy that acted, ``reference="old"``;
-    * PRDP (Deng et al., 2024, eq. 10-14): the frozen pretrained policy, ``reference="frozen"``, where zero
+    * REBEL (Gao et al., 2024): the policy that acted, ``reference="old"``;
+    * PRDP (Deng et al., 2024): the frozen pretrained policy, ``reference="frozen"``, where zero
       loss is the optimum of the reward with a KL cost of ``eta``, and a clip that keeps a batch usable for
       several updates. PRDP writes the loss as ``(R_a - R_b - (s_a - s_b) / beta)^2``: that is this one with
       ``eta = beta``, divided by ``eta^2``; to train on its scale divide the scores by ``beta`` and leave
@@ -96,7 +96,7 @@ def reward_difference(
 def clip_log_ratio(
     log_ratio: Float[Tensor, "batch step"], sampled: Float[Tensor, "batch step"], clip: float
 ) -> Float[Tensor, "batch step"]:
-    """Each step's log-ratio kept within ``clip`` of its value when it was ``sampled`` (PRDP, eq. 13)."""
+    """Each step's log-ratio kept within ``clip`` of its value when it was ``sampled`` (PRDP)."""
     return sampled + (log_ratio - sampled).clamp(-clip, clip)
 
 
@@ -119,8 +119,8 @@ class RewardDifference:
           split such a batch, or pairs across the parts are lost; a row left without a partner is an error.
           Where memory does not allow one pass, use `as_advantage`.
 
-    ``weight`` is the number of pairs. Metrics: ``loss``; ``agreement``, the share of pairs whose predicted and
-    true difference have the same sign; ``log_ratio``, the mean over trajectories of R; with ``clip``,
+    ``weight`` is the number of pairs. Metrics: ``loss``; ``agreement``, the share of pairs whose predicted
+    and true difference have the same sign; ``log_ratio``, the mean over trajectories of R; with ``clip``,
     ``clip_fraction``, the share of pairs where the clipped loss is the larger.
     Raises `UsageError` on an option that makes no sense, `ShapeError` on a batch that lacks a field.
     """
@@ -136,7 +136,9 @@ class RewardDifference:
             if value not in known:
                 raise UsageError(f"RewardDifference: {name} is '{value}'; {nearest(value, known)}")
         if self.clip is not None and self.clip <= 0:
-            raise UsageError(f"RewardDifference: clip is {self.clip}; it must be positive (None for no clipping)")
+            raise UsageError(
+                f"RewardDifference: clip is {self.clip}; it must be positive (None for no clipping)"
+            )
 
     def weight(self, batch: Preferences | Trajectories) -> Tensor:
         """The number of pairs."""
@@ -156,7 +158,7 @@ class RewardDifference:
     def as_advantage(
         self, log_prob: Float[Tensor, "batch step"], traj: Trajectories, reduction: Reduction = "step"
     ) -> Float[Tensor, "batch step"]:
-        """Advantages with which `Reinforce` (of the same ``reduction``) has this objective's gradient at ``traj``.
+        """Advantages with which `Reinforce` of the same ``reduction`` has this objective's gradient.
 
         The loss couples all steps of all trajectories of a group, but only through one number for each step,
         its derivative by that step's log-probability. Pass the policy's current ``log_prob [B, T]``, computed
@@ -181,8 +183,8 @@ class RewardDifference:
         if self.reference == "frozen":
             if traj.reference_log_prob is None:
                 raise ShapeError(
-                    "RewardDifference with the frozen reference needs batch.reference_log_prob, which is missing: "
-                    "store reference.log_prob(batch) there"
+                    "RewardDifference with the frozen reference needs batch.reference_log_prob, which is "
+                    "missing: store reference.log_prob(batch) there"
                 )
             base = traj.reference_log_prob
         log_ratio = torch.where(mask, log_prob - base, 0.0)
@@ -209,8 +211,8 @@ class RewardDifference:
         if not bool(paired.all()):
             row = int((~paired).nonzero()[0])
             raise ShapeError(
-                f"RewardDifference: row {row} is the only one of group {int(group[row])} in this batch; keep the "
-                "answers to a prompt together, or split the batch after pairs(traj)"
+                f"RewardDifference: row {row} is the only one of group {int(group[row])} in this batch; keep "
+                "the answers to a prompt together, or split the batch after pairs(traj)"
             )
         rows = self._rows(log_prob, traj)
         return self._loss(rows.take(first), rows.take(second))

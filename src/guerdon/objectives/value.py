@@ -18,7 +18,9 @@ from guerdon.objectives.reduction import Reduction, reduce, reduction_weight
 Loss = Literal["mse", "huber"]
 
 
-def mse(value: Float[Tensor, "batch step"], target: Float[Tensor, "batch step"]) -> Float[Tensor, "batch step"]:
+def mse(
+    value: Float[Tensor, "batch step"], target: Float[Tensor, "batch step"]
+) -> Float[Tensor, "batch step"]:
     """``(value - target)^2``, without a factor of one half."""
     return (value - target).square()
 
@@ -77,7 +79,9 @@ class ValueRegression:
             if value not in known:
                 raise UsageError(f"ValueRegression: {name} is '{value}'; {nearest(value, known)}")
         if self.clip is not None and self.clip <= 0:
-            raise UsageError(f"ValueRegression: clip is {self.clip}; it must be positive (None for no clipping)")
+            raise UsageError(
+                f"ValueRegression: clip is {self.clip}; it must be positive (None for no clipping)"
+            )
 
     def weight(self, batch: Trajectories) -> Tensor:
         """How much the loss counted (see `reduction.reduction_weight`)."""
@@ -99,8 +103,8 @@ class ValueRegression:
             old = batch.value
             if old is None:
                 raise ShapeError(
-                    "ValueRegression with a clip needs batch.value, which is missing: store critic.value(batch) "
-                    "there before the first update"
+                    "ValueRegression with a clip needs batch.value, which is missing: store "
+                    "critic.value(batch) there before the first update"
                 )
             near = clipped_value(value, old, self.clip)
             losses = torch.maximum(losses, self._losses(near, target))

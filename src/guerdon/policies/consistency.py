@@ -32,7 +32,9 @@ class ConsistencyPolicy(DenoisingPolicy):
     def __init__(self, *args: Any, guidance: float | None = None, **kwargs: Any) -> None:
         denoiser = args[0] if args else kwargs["denoiser"]
         embedded = getattr(denoiser.config, "time_cond_proj_dim", None) is not None
-        super().__init__(*args, guidance=guidance if guidance is not None else 3.0 if embedded else 1.0, **kwargs)
+        super().__init__(
+            *args, guidance=guidance if guidance is not None else 3.0 if embedded else 1.0, **kwargs
+        )
 
     def sample(  # type: ignore[override]
         self,
@@ -80,12 +82,16 @@ class ConsistencyPolicy(DenoisingPolicy):
         width = getattr(self.denoiser.config, "time_cond_proj_dim", None)
         if width is None:
             if bool((guidance != 1).any()):
-                raise UsageError("this consistency model has no guidance input (time_cond_proj_dim); use guidance 1")
+                raise UsageError(
+                    "this consistency model has no guidance input (time_cond_proj_dim); use guidance 1"
+                )
             return condition, {}
         embedding = guidance_embedding(guidance - 1, width)
-        return condition, {"timestep_cond": embedding.to(self.denoiser.conv_in.weight.dtype)}  # type: ignore[union-attr,arg-type]
+        return condition, {"timestep_cond": embedding.to(self.dtype)}
 
-    def _transition(self, state: Tensor, timestep: Tensor, next_timestep: Tensor, prepared: Any, eta: Any) -> Transition:
+    def _transition(
+        self, state: Tensor, timestep: Tensor, next_timestep: Tensor, prepared: Any, eta: Any
+    ) -> Transition:
         condition, options = prepared
         output = self._denoise(state, timestep, condition, **options)
         with torch.autocast(state.device.type, enabled=False):

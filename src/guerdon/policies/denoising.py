@@ -10,7 +10,8 @@ Layout of the `Trajectories` (``T`` transitions, latents ``[C, H, W]``)::
     inputs["condition"]  [B, L, D]        the encoded prompt
     inputs["guidance"]   [B]              the guidance scale it was sampled with
     inputs["eta"]        [B]              stochasticity of the sampler (diffusion only)
-    inputs["step"]       [B, T]           state, next [B, T, C, H, W]; timestep, next_timestep, time_index int64
+    inputs["step"]       [B, T]           state, next [B, T, C, H, W];
+                                          timestep, next_timestep, time_index int64
     outputs["prompt"]    uint8 [B, L]     the prompt as UTF-8 bytes
     outputs["image"]     uint8 [B, H, W, 3]
 
@@ -142,7 +143,14 @@ class DenoisingPolicy(Policy):
     @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
-        return self.denoiser.conv_in.weight.device  # type: ignore[union-attr,return-value]
+        first: Any = self.denoiser.conv_in  # the one layer that every denoiser has
+        return first.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the denoiser's weights are (an adapter's may differ)."""
+        first: Any = self.denoiser.conv_in
+        return first.weight.dtype
 
     def levels(self, timestep: Tensor) -> Tensor:
         """``alpha_bar`` at integer timesteps (any shape), float32 on their device."""
@@ -191,16 +199,15 @@ class DenoisingPolicy(Policy):
         ``condition [N, L, D]``, ``guidance [N]``."""
 
     @abc.abstractmethod
-    def _transition(self, state: Tensor, timestep: Tensor, next_timestep: Tensor, prepared: Any, eta: Any) -> Transition:
+    def _transition(
+        self, state: Tensor, timestep: Tensor, next_timestep: Tensor, prepared: Any, eta: Any
+    ) -> Transition:
         """The Gaussian over the next latent: ``state [N, C, H, W]``, times ``[N]`` int64."""
 
     def _denoise(self, state: Tensor, timestep: Tensor, condition: Tensor, **options: Any) -> Tensor:
         """The denoiser's raw output as float32, whatever precision it computes in."""
-        dtype = self.denoiser.conv_in.weight.dtype  # type: ignore[union-attr]
-        output = self.denoiser(
-            state.to(dtype), timestep, encoder_hidden_states=condition.to(dtype), return_dict=False, **options
-        )[0]
-        return output.float()
+        arguments = {"encoder_hidden_states": condition.to(self.dtype), "return_dict": False, **options}
+        return self.denoiser(state.to(self.dtype), timestep, **arguments)[0].float()
 
     # -- sampling ----------------------------------------------------------------------------------------
 
@@ -278,10 +285,11 @@ class DenoisingPolicy(Policy):
     def decode(self, latents: Tensor) -> Tensor:
         """``uint8 [B, H, W, 3]`` images of latents ``[B, C, H, W]``: VAE, then from [-1, 1] to 0..255."""
         if self.vae is not None:
-            config: Any = self.vae.config
+            vae: Any = self.vae
+            config = vae.config
             latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-            dtype = next(self.vae.parameters()).dtype
-            parts = [self.vae.decode(part.to(dtype), return_dict=False)[0] for part in latents.split(_DECODE_ROWS)]
+            latents = latents.to(next(vae.parameters()).dtype)
+            parts = [vae.decode(part, return_dict=False)[0] for part in latents.split(_DECODE_ROWS)]
             latents = torch.cat(parts).float()
         pixels = (latents * 0.5 + 0.5).clamp(0, 1).mul(255).round()
         return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
@@ -333,7 +341,8 @@ class DenoisingPolicy(Policy):
             distribution = self.distribution(traj)
         action = traj.inputs["step", "next"]
         return masked(
-            gaussian_log_prob(action, distribution["mean"], distribution["std"], self.event_reduction), traj.mask
+            gaussian_log_prob(action, distribution["mean"], distribution["std"], self.event_reduction),
+            traj.mask,
         )
 
     def log_ratio(self, traj: Trajectories, distribution: TensorDict, reference: TensorDict) -> Tensor:

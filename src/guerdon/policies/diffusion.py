@@ -72,7 +72,9 @@ class DiffusionPolicy(DenoisingPolicy):
         empty = self.encode([""]).to(condition.dtype).expand_as(condition)
         return torch.cat([empty, condition]), guidance
 
-    def _transition(self, state: Tensor, timestep: Tensor, next_timestep: Tensor, prepared: Any, eta: Any) -> Transition:
+    def _transition(
+        self, state: Tensor, timestep: Tensor, next_timestep: Tensor, prepared: Any, eta: Any
+    ) -> Transition:
         condition, guidance = prepared
         if guidance is None:
             output = self._denoise(state, timestep, condition)

@@ -64,7 +64,9 @@ def add(module: nn.Module, lora: LoRA, seed: int = 0) -> nn.Module:
             inject_adapter_in_model(lora.config(), module, ADAPTER)
         except ValueError as error:  # peft: no target module was found
             names = ", ".join(lora.targets)
-            raise UsageError(f"no layer of {type(module).__name__} is called {names}: nothing to adapt") from error
+            raise UsageError(
+                f"no layer of {type(module).__name__} is called {names}: nothing to adapt"
+            ) from error
     adopt(module)
     return module
 
@@ -86,7 +88,9 @@ def has_lora(module: nn.Module) -> bool:
 
 def parameters(module: nn.Module) -> list[nn.Parameter]:
     """The weights of the adapter."""
-    return [p for layer in _layers(module) for name, p in layer.named_parameters() if name.startswith("lora_")]
+    return [
+        p for layer in _layers(module) for name, p in layer.named_parameters() if name.startswith("lora_")
+    ]
 
 
 def _layers(module: nn.Module) -> Iterator[Any]:
@@ -122,11 +126,13 @@ def merged(module: nn.Module) -> Iterator[nn.Module]:
     """Inside, the adapter is added into the weights, so that sampling pays nothing for it; no gradients.
 
     Leaving puts the original tensors back, bit for bit (they are set aside, not recomputed). Does nothing
-    where the base weights are not float32, because rounding would change the policy, or where the adapter
-    is off.
+    where the adapter is off, or where the matrix work is not float32 (half-precision weights, autocast): a
+    rounded sum is another policy than the sum of rounded parts, and the ratio of a fresh sample must be 1.
     """
     layers = [layer for layer in _layers(module) if not layer._disable_adapters]
-    if not layers or any(layer.get_base_layer().weight.dtype != torch.float32 for layer in layers):
+    weights = [layer.get_base_layer().weight for layer in layers]
+    exact = all(w.dtype == torch.float32 and not torch.is_autocast_enabled(w.device.type) for w in weights)
+    if not layers or not exact:
         yield module
         return
     aside: list[tuple[Any, Tensor]] = []

@@ -50,7 +50,9 @@ def read_schedule(config: dict[str, Any]) -> NoiseSchedule:
             raise UsageError(f"this model's scheduler sets {name}, which guerdon does not support")
     beta_schedule = config.get("beta_schedule", "scaled_linear")
     if beta_schedule not in ("scaled_linear", "linear"):
-        raise UsageError(f"this model's scheduler has beta_schedule '{beta_schedule}'; known: scaled_linear, linear")
+        raise UsageError(
+            f"this model's scheduler has beta_schedule '{beta_schedule}'; known: scaled_linear, linear"
+        )
     return NoiseSchedule(
         train_steps=config.get("num_train_timesteps", 1000),
         beta_start=config.get("beta_start", 0.00085),
@@ -136,7 +138,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _build(kind: str, parts: dict[str, Any], settings: dict[str, Any], size: int | None, source: str) -> DenoisingPolicy:
+def _build(
+    kind: str, parts: dict[str, Any], settings: dict[str, Any], size: int | None, source: str
+) -> DenoisingPolicy:
     known = {key: settings[key] for key in ("guidance", "steps", "event_reduction") if key in settings}
     return KINDS[kind](**parts, size=size or settings.get("size"), source=source, **known)
 
@@ -175,8 +179,8 @@ def _load_pipeline(
         unet_class = (index.get("unet") or [None, None])[-1]
         if unet_class != "UNet2DConditionModel" or "text_encoder_2" in has or "text_encoder" not in has:
             raise UsageError(
-                f"the model {name} is a {index.get('_class_name')}: guerdon runs pipelines of one CLIP text encoder "
-                "and one UNet2DConditionModel (Stable Diffusion 1.x and 2.x, latent consistency models)"
+                f"the model {name} is a {index.get('_class_name')}: guerdon runs pipelines of one CLIP text "
+                "encoder and one UNet2DConditionModel (Stable Diffusion 1.x and 2.x, latent consistency models)"
             )
         config = DDIMScheduler.load_config(name, subfolder="scheduler")  # whichever it is: only its values
         unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **options)
@@ -204,15 +208,21 @@ def _load_lora(
     if (folder / "model_index.json").is_file():
         policy = _load_pipeline(str(folder), kind, size, dtype, settings)
     elif base is not None:
-        policy = load_policy(base, kind or settings.get("kind"), size=size or settings.get("size"), dtype=dtype)
+        policy = load_policy(
+            base, kind or settings.get("kind"), size=size or settings.get("size"), dtype=dtype
+        )
         policy.guidance = settings.get("guidance", policy.guidance)
         policy.steps = settings.get("steps", policy.steps)
         policy.event_reduction = settings.get("event_reduction", policy.event_reduction)
     else:
-        raise UsageError(f"no model at {folder}: it holds a LoRA, but no {SETTINGS} that names its base model")
+        raise UsageError(
+            f"no model at {folder}: it holds a LoRA, but no {SETTINGS} that names its base model"
+        )
     denoiser: Any = policy.denoiser
     try:
-        denoiser.load_lora_adapter(str(folder), prefix="unet", adapter_name=lora.ADAPTER, weight_name=LORA_WEIGHTS)
+        denoiser.load_lora_adapter(
+            str(folder), prefix="unet", adapter_name=lora.ADAPTER, weight_name=LORA_WEIGHTS
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UsageError(f"the LoRA in {folder} does not fit its base model: {_first_line(error)}") from error
     if not lora.has_lora(denoiser):
@@ -276,7 +286,10 @@ def _save_adapter(module: nn.Module, folder: Path) -> None:
     """The adapter alone, as ``PeftModel.save_pretrained`` writes it."""
     from safetensors.torch import save_file
 
-    weights = {f"base_model.model.{k}": v.detach().cpu().contiguous() for k, v in lora.adapter_state_dict(module).items()}
+    weights = {
+        f"base_model.model.{k}": v.detach().cpu().contiguous()
+        for k, v in lora.adapter_state_dict(module).items()
+    }
     save_file(weights, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     write_json(folder / "adapter_config.json", lora.settings(module))
 
@@ -288,7 +301,9 @@ def _save_pipeline(policy: DenoisingPolicy, folder: Path) -> None:
     unet: Any = policy.denoiser
     settings = policy.settings()
     adapted = lora.has_lora(unet)
-    pipeline_class = LatentConsistencyModelPipeline if policy.kind == "consistency" else StableDiffusionPipeline
+    pipeline_class: Any = (
+        LatentConsistencyModelPipeline if policy.kind == "consistency" else StableDiffusionPipeline
+    )
     if not adapted or policy.source is None:
         base = _unadapted(unet, lora.base_state_dict(unet)) if adapted else unet
         arguments = {
@@ -302,7 +317,9 @@ def _save_pipeline(policy: DenoisingPolicy, folder: Path) -> None:
             "requires_safety_checker": False,
         }
         known = inspect.signature(pipeline_class.__init__).parameters
-        pipeline_class(**{key: value for key, value in arguments.items() if key in known}).save_pretrained(folder)
+        pipeline_class(**{key: value for key, value in arguments.items() if key in known}).save_pretrained(
+            folder
+        )
     if adapted:
         settings["base"] = policy.source
         pipeline_class.save_lora_weights(

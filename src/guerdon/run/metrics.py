@@ -30,7 +30,7 @@ class Meter:
     def __init__(self) -> None:
         self._values: dict[str, list[Any]] = {}
 
-    def add(self, name: str, value: Value) -> None:
+    def add(self, name: str, value: Any) -> None:
         """Log one value: a number, a text (the last one of the step counts) or a 0-d tensor.
 
         Raises:

@@ -325,7 +325,8 @@ class Run:
             return total
         self._restore(saved, whole=True)
         self._position, self._saved = position, None
-        self._meter.clear()  # what was logged before the loop is in the records already
+        if position.done:
+            self._meter.clear()  # what was logged before the loop is in the record of its first step already
         return total if position.finished else position.done
 
     def _end_step(self, last: bool) -> None:

@@ -1,0 +1,102 @@
+"""``guerdon sample`` and ``guerdon evaluate``: what a trained policy makes, and how good it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from guerdon import launch
+from guerdon.batch import Trajectories
+from guerdon.errors import UsageError
+from guerdon.policies.pretrained import load_policy
+from guerdon.randomness import row_seeds
+from guerdon.roles import Role
+
+
+def _steps(text: str) -> list[int]:
+    """``"1,2,4"`` as numbers. Raises `UsageError` for anything else."""
+    try:
+        steps = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UsageError(f"--steps '{text}': expected whole numbers separated by commas, such as 1,2,4,8") from None
+    if any(n < 1 for n in steps):
+        raise UsageError(f"--steps '{text}': a sampler takes at least one step")
+    return steps
+
+
+def _actors(folder: str, untrained: bool, device: str) -> tuple[list[tuple[str, Role]], dict[str, Any], Any]:
+    """Labelled policies, their sampling options and their task (None for a bare model)."""
+    if (Path(folder) / "config.json").is_file() and (Path(folder) / "checkpoints").is_dir():
+        trained = launch.load(folder, device=device)
+        actors = [("", trained.actor)]
+        if untrained:
+            actors = [("before", launch.load(folder, untrained=True, device=device).actor), ("after", trained.actor)]
+        return actors, trained.sampling, trained
+    if untrained:
+        raise UsageError(f"{folder} is a model, not a run, so it has no untrained form")
+    if not Path(folder).exists() and folder.startswith("runs/"):
+        raise UsageError(f"there is no run at {folder}")
+    return [("", Role("actor", load_policy(folder)))], {}, None
+
+
+def sample(folder: str, options: Any) -> Iterator[str]:
+    """Generate with the policy in ``folder`` (a run, or any model that `load_policy` reads); yields lines to
+    print. Pictures go to ``options.out``; texts are printed."""
+    steps = _steps(options.steps)
+    actors, sampling, trained = _actors(folder, options.untrained, options.device)
+    prompts = list(options.prompt)
+    if not prompts:
+        if trained is None:
+            raise UsageError("give at least one --prompt")
+        prompts = trained.task.experience(0).prompts.texts[:6]
+    rows = [prompt for prompt in prompts for _ in range(options.count)]
+    seeds = row_seeds(options.seed, 0, len(rows))
+    if options.guidance is not None:
+        sampling = {**sampling, "guidance": options.guidance}
+    made: list[tuple[str, Trajectories]] = []
+    for label, actor in actors:
+        for number in steps or [None]:
+            own = {**sampling, "steps": number} if number is not None else sampling
+            words = [label, f"{number} step{'s' * (number != 1)}" if number is not None else ""]
+            made.append((", ".join(filter(None, words)), actor.sample(rows, seeds, **own)))
+    outputs = made[0][1].outputs
+    if outputs is not None and "image" in outputs:
+        from guerdon.run.pictures import grid
+
+        picture = grid([traj.images.cpu() for _, traj in made], labels=[label for label, _ in made], captions=rows)
+        try:
+            picture.save(options.out)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot write the picture to '{options.out}': {error}") from error
+        yield f"{len(rows)} sample{'s' * (len(rows) != 1)} in {len(made)} row{'s' * (len(made) != 1)}: {options.out}"
+    elif outputs is not None and "text" in outputs:
+        for label, traj in made:
+            for prompt, text in zip(traj.prompts, traj.texts, strict=True):
+                yield json.dumps({"prompt": prompt, "text": text} | ({"model": label} if label else {}))
+    else:
+        for label, traj in made:
+            actions = outputs["action"].tolist() if outputs is not None else []
+            for prompt, action in zip(traj.prompts, actions, strict=True):
+                yield json.dumps({"prompt": prompt, "action": action} | ({"model": label} if label else {}))
+
+
+def evaluate(folder: str, options: Any) -> Iterator[str]:
+    """Measure a run's policy as training does, before and after, at one or several numbers of steps; yields
+    the lines of a table."""
+    steps = _steps(options.steps)
+    if not (Path(folder) / "config.json").is_file():
+        raise UsageError(f"there is no run at {folder}")
+    trained = launch.load(folder, device=options.device)
+    untrained = launch.load(folder, untrained=True, device=options.device)
+    header: list[str] | None = None
+    for number in steps or [None]:
+        sampling = {**trained.sampling, "steps": number} if number is not None else trained.sampling
+        for label, loaded in (("before", untrained), ("after", trained)):
+            figures = loaded.task.measure(loaded.actor, loaded.feedback, **sampling).figures
+            if header is None:
+                header = list(figures)
+                yield f"{'steps':>6}  {'model':<7}" + "".join(f"  {name:>{max(len(name), 8)}}" for name in header)
+            shown = "".join(f"  {figures[name]:>{max(len(name), 8)}.4g}" for name in header)
+            yield f"{number or '':>6}  {label:<7}{shown}"
