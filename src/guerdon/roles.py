@@ -230,11 +230,18 @@ class Role:
             return objective(self.model, part)
 
     def _accumulate(self, batch: Any, parts: list[Any], objective: Objective) -> tuple[Tensor, Metrics]:
-        total = objective.weight(batch).clamp(min=1e-12)
+        total = objective.weight(batch)
+        weights = [objective.weight(part) for part in parts]
+        if not math.isclose(float(sum(weights)), float(total), rel_tol=1e-4):
+            raise UsageError(
+                f"'{self.name}': this batch cannot be split into micro-batches, because {type(objective).__name__} "
+                "compares its rows with one another; use a larger micro_batch, or a batch of pairs"
+            )
+        total = total.clamp(min=1e-12)
         loss_sum = torch.zeros((), device=self.device)
         sums: Metrics = {}
-        for part in parts:
-            share = objective.weight(part) / total
+        for part, weight in zip(parts, weights, strict=True):
+            share = weight / total
             loss, metrics = self._forward(part, objective)
             (loss * share).backward()
             loss_sum += loss.detach() * share
@@ -254,8 +261,8 @@ class Role:
             return parts
         if not getattr(self.model, "markov", False):
             raise UsageError(f"'{self.name}': the steps of {type(self.model).__name__} cannot be split (micro_steps)")
-        if getattr(objective, "reduction", "step") != "step":
-            raise UsageError("micro_steps needs an objective that averages over steps (reduction='step')")
+        if getattr(objective, "reduction", None) not in ("step", "constant"):
+            raise UsageError("micro_steps needs an objective that treats steps apart (reduction 'step' or 'constant')")
         return [
             part.select_steps(start, start + steps) for part in parts for start in range(0, batch.steps, steps)
         ]

@@ -18,7 +18,8 @@ from guerdon.policies.denoiser import Denoiser, DenoiserConfig, TextEncoder, Tex
 from guerdon.policies.denoising import DenoisingPolicy
 from guerdon.policies.diffusion import DiffusionPolicy
 from guerdon.policies.lora import LoRA
-from guerdon.policies.pretrained import load_policy, make_scheduler, read_schedule
+from guerdon.policies.pretrained import load_policy, read_schedule
+from guerdon.policies.saving import make_scheduler
 from guerdon.policies.schedule import NoiseSchedule
 from guerdon.randomness import normal, row_seeds
 

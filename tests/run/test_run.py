@@ -62,6 +62,20 @@ def test_what_is_logged_several_times_in_a_step_is_averaged(tmp_path: Path) -> N
     ]
 
 
+def test_what_is_logged_after_the_last_loop_is_one_more_record(tmp_path: Path) -> None:
+    def train(steps: int, resume: bool) -> list[dict[str, Any]]:
+        with make(tmp_path / "run", resume=resume) as run:
+            for step in run.steps(steps):
+                run.log(x=step)
+            run.log(final=10 * steps)
+        return read_metrics(tmp_path / "run")
+
+    two = [{"step": 0, "x": 0}, {"step": 1, "x": 1}, {"step": 2, "final": 20}]
+    assert train(2, False) == two
+    assert train(2, True) == two
+    assert train(3, True) == [*two[:2], {"step": 2, "x": 2}, {"step": 3, "final": 30}]
+
+
 def test_a_parameter_that_changes_after_it_was_logged_is_recorded_as_it_was(tmp_path: Path) -> None:
     alpha, buffer = nn.Parameter(torch.tensor(1.0)), torch.zeros(3)
     with make(tmp_path / "run") as run:
@@ -86,6 +100,31 @@ def test_logging_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: pytes
                 run.log(loss=value)
                 run.log(loss=value)
     assert read_metrics(tmp_path / "run") == [{"step": 0, "loss": 2.0}]
+
+
+def test_values_on_a_device_are_fetched_together() -> None:
+    class Remote(torch.Tensor):
+        """Says that it lies on a GPU."""
+
+        fetched = 0
+        device = torch.device("cuda")
+
+        def item(self) -> Any:
+            raise AssertionError("fetched alone")
+
+        def tolist(self) -> Any:
+            Remote.fetched += 1
+            return self.as_subclass(torch.Tensor).tolist()
+
+    meter = Meter()
+    for number in range(5):
+        meter.add("loss", torch.tensor(float(number)).as_subclass(Remote))
+        meter.add("entropy", torch.tensor(2.0 * number).as_subclass(Remote))
+        meter.add("count", torch.tensor(number).as_subclass(Remote))
+        meter.add("here", torch.tensor(1.0))
+    assert meter.take() == {"loss": 2.0, "entropy": 4.0, "count": 2.0, "here": 1.0}
+    assert Remote.fetched == 2, "once for the floats, once for the integers"
+    assert meter.take() == {}
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ after it, and memory is spent once.
 from __future__ import annotations
 
 import abc
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -377,13 +376,6 @@ class DenoisingPolicy(Policy):
         whoever wants it apart, the adapter in peft's format). diffusers' parts: a diffusers pipeline folder;
         for a LoRA on a known base only ``pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights``.
         """
-        from guerdon.policies.pretrained import save_policy
+        from guerdon.policies.saving import save_policy
 
         save_policy(self, folder)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write beside, then rename: a reader never sees half a file."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    beside.replace(path)

@@ -1,4 +1,4 @@
-"""Image policies from files and from the hub, and back into files.
+"""Image policies from files and from the hub (`guerdon.policies.saving` is the way back).
 
 Three formats are read:
 
@@ -13,26 +13,22 @@ Only safetensors are read: nothing is unpickled, and no code comes along with a 
 
 from __future__ import annotations
 
-import inspect
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from guerdon.errors import UsageError, nearest
 from guerdon.policies import lora
 from guerdon.policies.consistency import ConsistencyPolicy
-from guerdon.policies.denoiser import Denoiser, load_text_to_image, save_text_to_image
-from guerdon.policies.denoising import DenoisingPolicy, write_json
+from guerdon.policies.denoiser import load_text_to_image
+from guerdon.policies.denoising import DenoisingPolicy
 from guerdon.policies.diffusion import DiffusionPolicy
+from guerdon.policies.saving import LORA_WEIGHTS, SETTINGS, read_json
 from guerdon.policies.schedule import NoiseSchedule
 
 Kind = Literal["diffusion", "consistency"]
 KINDS: dict[str, type[DenoisingPolicy]] = {"diffusion": DiffusionPolicy, "consistency": ConsistencyPolicy}
-SETTINGS = "guerdon.json"
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 # --- noise schedules --------------------------------------------------------------------------------------
@@ -63,26 +59,6 @@ def read_schedule(config: dict[str, Any]) -> NoiseSchedule:
         origin_steps=config.get("original_inference_steps", 50),
         clip_sample=config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None,
     )
-
-
-def make_scheduler(schedule: NoiseSchedule, kind: str) -> Any:
-    """diffusers' scheduler for a ``schedule``: ``LCMScheduler`` or ``DDIMScheduler``."""
-    from diffusers import DDIMScheduler, LCMScheduler
-
-    common: dict[str, Any] = {
-        "num_train_timesteps": schedule.train_steps,
-        "beta_start": schedule.beta_start,
-        "beta_end": schedule.beta_end,
-        "beta_schedule": schedule.beta_schedule,
-        "prediction_type": schedule.prediction,
-        "clip_sample": schedule.clip_sample is not None,
-        "clip_sample_range": schedule.clip_sample or 1.0,
-    }
-    if kind == "consistency":
-        return LCMScheduler(
-            **common, original_inference_steps=schedule.origin_steps, timestep_scaling=schedule.time_scale
-        )
-    return DDIMScheduler(**common, steps_offset=1, set_alpha_to_one=False)
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -117,7 +93,7 @@ def load_policy(
         if (folder / LORA_WEIGHTS).is_file():
             return _load_lora(folder, kind, size, dtype, keep_lora)
         if (folder / "model_index.json").is_file():
-            return _load_pipeline(name, kind, size, dtype, _read_json(folder / SETTINGS))
+            return _load_pipeline(name, kind, size, dtype, read_json(folder / SETTINGS))
         if (folder / "config.json").is_file():
             return _load_own(folder, kind, size, dtype)
         raise UsageError(
@@ -128,40 +104,33 @@ def load_policy(
     return _load_pipeline(name, kind, size, dtype, {})
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"no model at {path.parent}: {path.name} is not JSON ({error})") from error
-    return values if isinstance(values, dict) else {}
-
-
 def _build(
     kind: str, parts: dict[str, Any], settings: dict[str, Any], size: int | None, source: str
 ) -> DenoisingPolicy:
     known = {key: settings[key] for key in ("guidance", "steps", "event_reduction") if key in settings}
+    if Path(source).is_dir():
+        source = str(Path(source).resolve())  # a LoRA that names it may be read from another directory
     return KINDS[kind](**parts, size=size or settings.get("size"), source=source, **known)
 
 
 def _load_own(folder: Path, kind: Kind | None, size: int | None, dtype: torch.dtype) -> DenoisingPolicy:
     from safetensors import SafetensorError
 
-    saved = _read_json(folder / "config.json")
+    saved = read_json(folder / "config.json")
     if saved.get("kind") not in KINDS or "denoiser" not in saved:
         raise UsageError(f"no model at {folder}: config.json does not describe an image policy of guerdon")
     if kind is not None and kind != saved["kind"]:
         raise UsageError(f"the model at {folder} is a {saved['kind']} model, not a {kind} model")
     try:
         denoiser, text_encoder, tokenizer, config = load_text_to_image(folder)
+        schedule = NoiseSchedule(**config["schedule"])
     except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise UsageError(f"no model at {folder}: {_first_line(error)}") from error
     parts = {
         "denoiser": denoiser.to(dtype),
         "text_encoder": text_encoder.to(dtype),
         "tokenizer": tokenizer,
-        "schedule": NoiseSchedule(**config["schedule"]),
+        "schedule": schedule,
     }
     return _build(saved["kind"], parts, saved, size, str(folder))
 
@@ -179,8 +148,8 @@ def _load_pipeline(
         unet_class = (index.get("unet") or [None, None])[-1]
         if unet_class != "UNet2DConditionModel" or "text_encoder_2" in has or "text_encoder" not in has:
             raise UsageError(
-                f"the model {name} is a {index.get('_class_name')}: guerdon runs pipelines of one CLIP text "
-                "encoder and one UNet2DConditionModel (Stable Diffusion 1.x and 2.x, latent consistency models)"
+                f"the model {name} is a {index.get('_class_name')}: guerdon runs pipelines of one CLIP "
+                "text encoder and one UNet2DConditionModel (Stable Diffusion 1.x and 2.x, latent consistency models)"
             )
         config = DDIMScheduler.load_config(name, subfolder="scheduler")  # whichever it is: only its values
         unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **options)
@@ -203,9 +172,10 @@ def _load_pipeline(
 def _load_lora(
     folder: Path, kind: Kind | None, size: int | None, dtype: torch.dtype, keep_lora: bool
 ) -> DenoisingPolicy:
-    settings = _read_json(folder / SETTINGS)
+    settings = read_json(folder / SETTINGS)
     base = settings.get("base")
-    if (folder / "model_index.json").is_file():
+    beside = (folder / "model_index.json").is_file()
+    if beside and (base is None or Path(base).resolve() == folder.resolve()):
         policy = _load_pipeline(str(folder), kind, size, dtype, settings)
     elif base is not None:
         policy = load_policy(
@@ -237,94 +207,3 @@ def _load_lora(
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-# --- writing ----------------------------------------------------------------------------------------------
-
-
-def save_policy(policy: DenoisingPolicy, folder: str | Path) -> None:
-    """Write ``policy`` to ``folder`` so that `load_policy` reads it back; see the module and
-    `DenoisingPolicy.save_pretrained`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(policy.denoiser, Denoiser):
-        _save_own(policy, folder)
-    else:
-        _save_pipeline(policy, folder)
-
-
-def _unadapted(module: Any, weights: dict[str, torch.Tensor]) -> nn.Module:
-    """A module of the same shape without adapter layers, holding ``weights``."""
-    make = type(module) if isinstance(module, Denoiser) else type(module).from_config
-    plain: nn.Module = make(module.config)
-    plain.load_state_dict(weights)
-    return plain.to(next(iter(weights.values())).dtype)
-
-
-def _save_own(policy: DenoisingPolicy, folder: Path) -> None:
-    if policy.vae is not None:
-        raise UsageError("guerdon's own model format has no place for a VAE")
-    denoiser: Any = policy.denoiser
-    adapted = lora.has_lora(denoiser)
-    plain: Any = _unadapted(denoiser, lora.merged_state_dict(denoiser)) if adapted else denoiser
-    save_text_to_image(
-        folder,
-        policy.kind,
-        plain,
-        policy.text_encoder,  # type: ignore[arg-type]
-        policy.tokenizer,
-        policy.schedule.to_dict(),
-        dtype=torch.float32,
-    )
-    config = _read_json(folder / "config.json")
-    write_json(folder / "config.json", config | policy.settings())
-    if adapted:
-        _save_adapter(denoiser, folder)
-
-
-def _save_adapter(module: nn.Module, folder: Path) -> None:
-    """The adapter alone, as ``PeftModel.save_pretrained`` writes it."""
-    from safetensors.torch import save_file
-
-    weights = {
-        f"base_model.model.{k}": v.detach().cpu().contiguous()
-        for k, v in lora.adapter_state_dict(module).items()
-    }
-    save_file(weights, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-    write_json(folder / "adapter_config.json", lora.settings(module))
-
-
-def _save_pipeline(policy: DenoisingPolicy, folder: Path) -> None:
-    from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
-
-    unet: Any = policy.denoiser
-    settings = policy.settings()
-    adapted = lora.has_lora(unet)
-    pipeline_class: Any = (
-        LatentConsistencyModelPipeline if policy.kind == "consistency" else StableDiffusionPipeline
-    )
-    if not adapted or policy.source is None:
-        base = _unadapted(unet, lora.base_state_dict(unet)) if adapted else unet
-        arguments = {
-            "vae": policy.vae,
-            "text_encoder": policy.text_encoder,
-            "tokenizer": policy.tokenizer,
-            "unet": base,
-            "scheduler": make_scheduler(policy.schedule, policy.kind),
-            "safety_checker": None,
-            "feature_extractor": None,
-            "requires_safety_checker": False,
-        }
-        known = inspect.signature(pipeline_class.__init__).parameters
-        pipeline_class(**{key: value for key, value in arguments.items() if key in known}).save_pretrained(
-            folder
-        )
-    if adapted:
-        settings["base"] = policy.source
-        pipeline_class.save_lora_weights(
-            folder,
-            unet_lora_layers=convert_state_dict_to_diffusers(lora.adapter_state_dict(unet)),
-            unet_lora_adapter_metadata=lora.settings(unet),
-        )
-    write_json(folder / SETTINGS, settings)

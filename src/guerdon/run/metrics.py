@@ -66,7 +66,9 @@ class Meter:
         waiting: dict[tuple[torch.device, torch.dtype], list[tuple[list[Any], int]]] = {}
         for row in values.values():
             for index, value in enumerate(row):
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and value.device.type == "cpu":
+                    row[index] = value.item()  # nothing to wait for, and ten times faster than to stack
+                elif isinstance(value, Tensor):
                     waiting.setdefault((value.device, value.dtype), []).append((row, index))
         for places in waiting.values():
             numbers = torch.stack([row[index] for row, index in places]).tolist()

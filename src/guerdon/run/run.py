@@ -163,6 +163,7 @@ class Run:
         try:
             if error is None:
                 self._finish_broken()
+                self._write_last_words()
             elif isinstance(error, NonFiniteError):
                 self._keep_failed_batch(error)
         finally:
@@ -200,6 +201,15 @@ class Run:
             self._position.finished = True
             self._end_step(last=True)
             self._close_bar()
+
+    def _write_last_words(self) -> None:
+        """What was logged after the last loop (a final evaluation): one more record, which no checkpoint
+        covers, so that a resume writes it again, or replaces it by further steps."""
+        metrics = self._finite(self._meter.take())
+        if metrics and (self._position.loop >= 0 or not self._resume):
+            self._metrics.append({"step": self._position.step, **metrics})
+            for logger in self._loggers:
+                logger.write(self._position.step, metrics)
 
     def _keep_failed_batch(self, error: NonFiniteError) -> None:
         """Save the batch that the error carries and say where; the last good checkpoint stays as it is."""
@@ -382,6 +392,8 @@ class Run:
 
         The same name logged again in the step is averaged (a text is replaced). A reward or a loss that is
         NaN or infinite at the end of the step stops the run; other such metrics are written as null.
+        What is logged before a loop goes into the record of its first step, what is logged after the last
+        loop into a record of its own.
         """
         self.step(metrics)
 

@@ -14,7 +14,7 @@ from guerdon.credit import PromptStatistics
 from guerdon.experience.prompts import Prompted
 from guerdon.feedback.base import Feedback
 from guerdon.objectives.policy_gradient import ClippedSurrogate
-from guerdon.objectives.reward_difference import RewardDifference
+from guerdon.objectives.reward_difference import RewardDifference, pairs
 from guerdon.optim import Adam
 from guerdon.policies.lora import LoRA
 from guerdon.roles import Role, RoleSettings
@@ -42,7 +42,7 @@ class RLCM:
     eta: float = 1.0  # scale of the log-ratios in the rebel objective
     kl: float = 0.0  # weight of the KL divergence from the untrained model (0: as published)
     ghost: bool = False  # also train on the released code's last transition, which no reward depends on
-    micro_batch: int | None = None  # images a forward and backward pass; less memory, same update
+    micro_batch: int | None = None  # images (or pairs) a forward and backward pass; less memory, same update
 
     def roles(self) -> dict[str, RoleSettings]:
         """How the actor is held and trained."""
@@ -56,17 +56,14 @@ class RLCM:
         """Sample, score, compare with the prompt's own past rewards, take clipped steps; repeat."""
         reference = actor.copy(frozen=True)
         statistics = run.track("statistics", PromptStatistics(self.buffer_size, self.min_count))
-        group_size = 2 if self.objective == "rebel" else 1
-        objective = (
-            RewardDifference(eta=self.eta, target="advantage")
-            if self.objective == "rebel"
-            else ClippedSurrogate(clip=self.clip, kl=self.kl)
-        )
+        rebel = self.objective == "rebel"
+        regression = RewardDifference(eta=self.eta, target="advantage")
+        surrogate = ClippedSurrogate(clip=self.clip, kl=self.kl)
         for _ in run.steps(self.rounds):
             traj = experience.collect(
                 actor,
                 self.samples,
-                group_size=group_size,
+                group_size=2 if rebel else 1,
                 steps=self.steps,
                 guidance=self.guidance,
                 ghost=self.ghost,
@@ -76,7 +73,10 @@ class RLCM:
             traj.advantage = traj.per_step(advantage.clamp(-self.advantage_clamp, self.advantage_clamp))
             if self.kl:
                 traj.reference = reference.distribution(traj)
-            batches = traj.minibatches(self.update_batch, run.generator if group_size == 1 else None)
-            for batch in batches:
-                run.log(**actor.update(batch.shuffle_steps(run.generator), objective))
+            if rebel:
+                for batch in pairs(traj).minibatches(self.update_batch // 2, run.generator):
+                    run.log(**actor.update(batch, regression))
+            else:
+                for batch in traj.minibatches(self.update_batch, run.generator):
+                    run.log(**actor.update(batch.shuffle_steps(run.generator), surrogate))
             run.log(reward=traj.score().mean())

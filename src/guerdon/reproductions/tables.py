@@ -1,0 +1,79 @@
+"""Tables of the docs, made from ``results/``: ``python -m guerdon.reproductions.tables docs/results.md``.
+
+A document marks a place with ``<!-- results: NAME -->`` and ``<!-- end -->``; what lies between is replaced by
+the table of ``results/NAME.json`` (a reproduction) or ``results/bench_NAME.json`` (with NAME ``bench_...``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_MARK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is the header."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)
+
+
+def _machine(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    where = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
+    return f"{record['date']}, {where}, torch {machine['torch']}, Python {machine['python']}"
+
+
+def reproduction(record: dict[str, Any]) -> str:
+    """The arms' table, the checks and the verdict of a reproduction's record."""
+    checks = [["statement", "seed", "measured", "threshold", "holds"]]
+    for check in record["checks"]:
+        seed = "" if check["seed"] is None else str(check["seed"])
+        bound = f"{'at least' if check['sense'] == '>=' else 'at most'} {check['threshold']:g}"
+        checks.append([check["name"], seed, f"{check['value']:.3g}", bound, "yes" if check["passed"] else "**no**"])
+    verdict = "The claim holds." if record["holds"] else "The claim does **not** hold as stated."
+    return f"{markdown(record['table'])}\n\n{markdown(checks)}\n\n{verdict} ({_machine(record)})"
+
+
+def benchmark(record: dict[str, Any]) -> str:
+    """The table of a benchmark's record."""
+    rows = [["work", "guerdon", "beside it", "ratio", "target"]]
+    for row in record["rows"]:
+        target = f"{'at least' if row['sense'] == '>=' else 'at most'} {row['target']:g}" if row["target"] else ""
+        if row["target"] and not row["met"]:
+            target += " (**missed**)"
+        beside = f"{1e3 * row['beside_seconds']:.3g} ms ({row['beside']})"
+        rows.append([row["work"], f"{1e3 * row['seconds']:.3g} ms", beside, f"{row['ratio']:.2f}", target])
+    return f"{markdown(rows)}\n\n({_machine(record)})"
+
+
+def fill(text: str, results: Path) -> str:
+    """``text`` with every marked place filled from ``results``; a missing record leaves a note."""
+
+    def table(match: re.Match[str]) -> str:
+        path = results / f"{match.group(2)}.json"
+        if not path.is_file():
+            body = f"(not measured yet: {path.name} is missing)"
+        else:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            body = benchmark(record) if "benchmark" in record else reproduction(record)
+        return f"{match.group(1)}\n{body}\n\n{match.group(3)}"
+
+    return _MARK.sub(table, text)
+
+
+def main(paths: Sequence[str]) -> int:
+    """Rewrite the documents at ``paths`` in place."""
+    for path in map(Path, paths):
+        path.write_text(fill(path.read_text(encoding="utf-8"), Path("results")), encoding="utf-8")
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or ["docs/results.md"]))
