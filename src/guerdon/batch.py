@@ -20,6 +20,7 @@ Conventions
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,7 +41,10 @@ Self = TypeVar("Self", bound="Batch")
 
 def encode_text(texts: Sequence[str]) -> Tensor:
     """``uint8 [B, L]``: the UTF-8 bytes of each text, padded with zeros to the longest."""
-    encoded = [text.encode("utf-8") for text in texts]
+    try:
+        encoded = [text.encode("utf-8") for text in texts]
+    except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can smuggle in
+        raise DataError(f"the text {error.object!r} is no valid Unicode ({error.reason})") from error
     width = max((len(e) for e in encoded), default=0) or 1
     array = np.zeros((len(encoded), width), dtype=np.uint8)
     for row, data in zip(array, encoded, strict=True):
@@ -168,11 +172,22 @@ def _rebuild(cls: type[Self], node: TensorDictBase) -> Self:
 def _checked(cls: type[Self]) -> type[Self]:
     """Run ``cls.check`` after explicit construction (tensordict's own operations bypass ``__init__``)."""
     construct = cls.__init__
+    order = [f.name for f in dataclasses.fields(cast(Any, cls))]
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        given = dict(zip(order, args, strict=False)) | {k: v for k, v in kwargs.items() if k in order}
+        sized = {k: v for k, v in given.items() if isinstance(v, (Tensor, TensorDictBase, Batch)) and v.ndim}
+        for name, value in given.items():
+            _want(not isinstance(value, Tensor) or value.ndim > 0, f"{cls.__name__}.{name} is a single number")
         if "batch_size" not in kwargs:
-            first = next((v for v in (*args, *kwargs.values()) if isinstance(v, (Tensor, Batch))), None)
-            kwargs["batch_size"] = [first.shape[0]] if first is not None else []
+            leading = [v for v in sized.values() if not isinstance(v, TensorDictBase)] or list(sized.values())
+            kwargs["batch_size"] = [leading[0].shape[0]] if leading else []
+        rows = list(kwargs["batch_size"])[:1]
+        for name, value in sized.items():
+            _want(
+                not rows or value.shape[0] == rows[0],
+                f"{cls.__name__}.{name} has {value.shape[0]} rows, the batch has {rows[0] if rows else 0}",
+            )
         try:
             construct(self, *args, **kwargs)
         except RuntimeError as error:  # tensordict's message names key and shapes
@@ -288,7 +303,7 @@ class Trajectories(Batch):
         """``[B]``: the sum of rewards over real steps."""
         if self.reward is None:
             raise ShapeError("these trajectories have not been judged: reward is missing")
-        return (self.reward * self.mask).sum(1)
+        return torch.where(self.mask, self.reward, 0.0).sum(1)
 
     def judged(self, score: Tensor) -> Trajectories:
         """The same trajectories with ``score`` as reward: ``[B]`` goes on the last real step, ``[B, T]`` as it is.
@@ -305,7 +320,7 @@ class Trajectories(Batch):
         else:
             _check_steps("Trajectories", "reward", score, (rows, steps), "float")
             _check_finite("Trajectories", "reward", score, self.mask)
-            reward = score * self.mask
+            reward = torch.where(self.mask, score, 0.0)
         return self.with_(reward=reward)
 
     def with_(self, **fields: Tensor | TensorDict | None) -> Trajectories:
@@ -317,12 +332,12 @@ class Trajectories(Batch):
 
     def per_step(self, rows: Tensor) -> Tensor:
         """``[B]`` values repeated over the real steps: ``[B, T]``, zero where masked."""
-        return rows[:, None].to(self.log_prob.dtype) * self.mask
+        return torch.where(self.mask, rows[:, None].to(self.log_prob.dtype), 0.0)
 
     def permute_steps(self, order: Tensor) -> Trajectories:
         """Reorder the steps of each row by ``order [B, T]`` (a permutation a row), consistently in every
         per-step field. Only for policies whose steps are independent given their inputs (denoisers, Markov
-        controllers): tokens of a language model live outside ``inputs["step"]`` and cannot be reordered."""
+        controllers); the tokens of a language model depend on the ones before them."""
         result = cast(Any, self).clone(False)
         for name in _PER_STEP:
             value = getattr(self, name)
@@ -393,7 +408,7 @@ class Transitions(Batch):
 
     def check(self) -> None:
         """Raise `ShapeError` if a field does not fit."""
-        owner, rows = type(self).__name__, self.reward.shape[0]
+        owner, rows = type(self).__name__, self.batch_size[0]
         for name in ("reward", "discount", "weight"):
             _check_steps(owner, name, getattr(self, name), (rows,), "float")
             _check_finite(owner, name, getattr(self, name))
@@ -451,11 +466,19 @@ class Segments(Batch):
     def check(self) -> None:
         """Raise `ShapeError` if a field does not fit."""
         owner = type(self).__name__
-        shape = tuple(self.reward.shape[:2])
+        _want(
+            self.reward.ndim == 2, f"{owner}.reward has shape {list(self.reward.shape)}, expected two axes [B, T]"
+        )
+        shape = tuple(self.reward.shape)
         _check_steps(owner, "reward", self.reward, shape, "float")
         for name in ("mask", "terminated", "truncated"):
             _check_steps(owner, name, getattr(self, name), shape, "bool")
         _check_steps(owner, "timestep", self.timestep, shape, "int")
+        for name in ("observation", "action"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                found = list(value.shape[:2])
+                _want(found == list(shape), f"{owner}.{name} has steps {found}, expected {list(shape)}")
         _check_mask(owner, self.mask)
         _check_finite(owner, "reward", self.reward, self.mask)
 
@@ -489,13 +512,14 @@ def pad_steps(traj: Trajectories, steps: int) -> Trajectories:
 def concatenate(parts: Sequence[Trajectories]) -> Trajectories:
     """Join trajectories along ``B``; shorter ones are padded with masked steps, texts with zero bytes.
 
-    Raises `ShapeError` when the parts carry different fields.
+    Raises `ShapeError` when there are none, or when the parts carry different fields.
     """
+    _want(len(parts) > 0, "there are no trajectories to join")
     if len(parts) == 1:
         return parts[0]
     longest = max(part.steps for part in parts)
-    padded = [_align_prompts(_align_text(pad_steps(part, longest), parts), parts) for part in parts]
     try:
+        padded = [_align_prompts(_align_text(pad_steps(part, longest), parts), parts) for part in parts]
         return cast(Trajectories, torch.cat(cast(Any, padded), dim=0))
     except (RuntimeError, KeyError) as error:
         raise ShapeError(f"these trajectories cannot be joined: {error}") from error

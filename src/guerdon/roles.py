@@ -13,14 +13,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 from guerdon.batch import Batch, Trajectories, concatenate
-from guerdon.errors import NonFiniteError, UsageError
+from guerdon.errors import NonFiniteError, UsageError, nearest
 from guerdon.objectives.base import Metrics, Objective
 from guerdon.optim import Optimiser
 
@@ -60,6 +60,15 @@ class RoleSettings:
     compile: bool = False
     checkpoint_activations: bool = False
     dropout: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            hint = nearest(self.precision, get_args(Precision))
+            raise UsageError(f"unknown precision '{self.precision}'; {hint}")
+        for name in ("micro_batch", "micro_steps", "sample_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; it must be at least 1")
 
 
 class Role:
@@ -132,6 +141,8 @@ class Role:
         self, prompts: Sequence[str], seeds: Tensor, group: Tensor | None = None, **options: Any
     ) -> Trajectories:
         """Answer each prompt once; see `Policy.sample`. The rows are stamped with this role's version."""
+        if not len(prompts):
+            raise UsageError(f"there is nothing for '{self.name}' to answer: the list of prompts is empty")
         size = self.settings.sample_batch or len(prompts)
         parts = []
         with self._answering() as model:
@@ -180,7 +191,7 @@ class Role:
         Returns the objective's metrics, with ``grad_norm`` where gradients are clipped, as 0-d tensors.
 
         Raises:
-            UsageError: the role has no optimiser.
+            UsageError: the role has no optimiser, or the batch no step to learn from.
             NonFiniteError: the loss or the gradient is not finite; the weights are as before.
         """
         if self._optimiser is None:
@@ -188,20 +199,24 @@ class Role:
         settings = self.settings
         if self.device.type != "cpu":
             batch = batch.to(self.device)
-        if settings.dropout:
-            self.model.train()
         self._optimiser.zero_grad(set_to_none=True)
         parts = self._split(batch, objective)
-        if len(parts) == 1:
-            loss, metrics = self._forward(batch, objective)
-            loss.backward()
-            total_loss = loss.detach()
-        else:
-            total_loss, metrics = self._accumulate(batch, parts, objective)
+        if settings.dropout:
+            self.model.train()
+        try:
+            if len(parts) == 1:
+                loss, metrics = self._forward(batch, objective)
+                self._backward(loss)
+                total_loss = loss.detach()
+            else:
+                total_loss, metrics = self._accumulate(batch, parts, objective)
+        finally:
+            if settings.dropout:
+                self.model.eval()
         if settings.max_grad_norm is not None:
             metrics["grad_norm"] = check = nn.utils.clip_grad_norm_(self._parameters, settings.max_grad_norm)
         else:
-            check = total_loss
+            check = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         if not (math.isfinite(check.item()) and math.isfinite(total_loss.item())):
             what = "loss" if not math.isfinite(total_loss.item()) else "gradient"
             self._optimiser.zero_grad(set_to_none=True)
@@ -219,9 +234,14 @@ class Role:
         self._optimiser.step()
         self.updates += 1
         self._moved()
-        if settings.dropout:
-            self.model.eval()
         return metrics
+
+    def _backward(self, loss: Tensor) -> None:
+        if not loss.requires_grad:
+            raise UsageError(
+                f"the loss of '{self.name}' does not depend on its weights: this batch holds no step to learn from"
+            )
+        loss.backward()
 
     def _forward(self, part: Any, objective: Objective) -> tuple[Tensor, Metrics]:
         if self.settings.precision == "float32":
@@ -237,13 +257,16 @@ class Role:
                 f"'{self.name}': this batch cannot be split into micro-batches, because {type(objective).__name__} "
                 "compares its rows with one another; use a larger micro_batch, or a batch of pairs"
             )
+        empty = not total
         total = total.clamp(min=1e-12)
         loss_sum = torch.zeros((), device=self.device)
         sums: Metrics = {}
         for part, weight in zip(parts, weights, strict=True):
+            if not weight and not empty:  # padding only: nothing to learn, nothing to count
+                continue
             share = weight / total
             loss, metrics = self._forward(part, objective)
-            (loss * share).backward()
+            self._backward(loss * share)
             loss_sum += loss.detach() * share
             for key, value in metrics.items():
                 if key.endswith("_max"):
@@ -299,7 +322,8 @@ class Role:
         else:
             twin._parameters = [p for p in model.parameters() if p.requires_grad]
             twin._optimiser = self.settings.optimiser.build(twin._parameters) if self.settings.optimiser else None
-        twin._changed = False
+        # its weights are not the initial ones: a checkpoint must hold them, and its own frozen copies too
+        twin._changed = self._changed or self.updates > 0
         return twin
 
     def follow(self, other: Role, tau: float) -> None:

@@ -41,6 +41,8 @@ class LocalEngine:
         self._found = torch.get_num_threads()
         self._chosen = threads
         if threads is not None:
+            if threads < 1:
+                raise UsageError(f"threads is {threads}; it must be at least 1")
             torch.set_num_threads(threads)
 
     def role(
@@ -55,7 +57,7 @@ class LocalEngine:
         settings = settings or RoleSettings()
         if optimiser is not None:
             changes["optimiser"] = optimiser
-        settings = replace(settings, **changes, **self.overrides)
+        settings = replace(settings, **{**changes, **self.overrides})
         if self._chosen is None and settings.optimiser is not None:
             weights = sum(p.numel() for p in model.parameters())
             self._chosen = 1 if weights < _SMALL else self._found

@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_BLANKS = str.maketrans(string.punctuation, " " * len(string.punctuation))
+
 
 @dataclass
 class DenoiserConfig:
@@ -103,6 +105,8 @@ class ResidualBlock(nn.Module):
 class Denoiser(nn.Module):
     """Predicts the noise in a noisy image, given its timestep and its caption's hidden states."""
 
+    frequencies: Tensor
+
     def __init__(self, config: DenoiserConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or DenoiserConfig()
@@ -126,7 +130,7 @@ class Denoiser(nn.Module):
         self.cond_proj: nn.Linear | None = None
         if config.time_cond_proj_dim is not None:
             self.cond_proj = nn.Linear(config.time_cond_proj_dim, config.time_frequencies, bias=False)
-            nn.init.zeros_(self.cond_proj.weight)  # a student starts as its teacher exactly
+            self.cond_proj.weight.data.zero_()  # a student starts as its teacher exactly
 
         self.conv_in = nn.Conv2d(config.in_channels, fine, 3, padding=1)
         self.down_fine = residual(fine, fine)
@@ -144,7 +148,11 @@ class Denoiser(nn.Module):
         self.conv_out = nn.Conv2d(fine, config.in_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
-        self.to(memory_format=torch.channels_last)
+        for (
+            module
+        ) in self.modules():  # 3x3 convolutions are 10 % faster on pixels whose channels lie together
+            if isinstance(module, nn.Conv2d):
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -291,7 +299,7 @@ class WordTokenizer:
 
     def split(self, prompt: str) -> list[str]:
         """The prompt's words as they are looked up."""
-        words = prompt.lower().translate(str.maketrans(dict.fromkeys(string.punctuation, " "))).split()
+        words = prompt.lower().translate(_BLANKS).split()
         return [self.aliases.get(word, word) for word in words]
 
     def __call__(

@@ -53,8 +53,8 @@ class Bandit(Task):
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "reinforce": {"rounds": 100, "samples": 64, "lr": 0.05},
         "ppo": {"rounds": 60, "samples": 64, "minibatch": 64, "lr": 0.05, "critic_lr": 0.05, "entropy": 0.0},
-        "grpo": {"rounds": 60, "prompts": 8, "group_size": 8, "minibatch": 64, "lr": 0.05},
-        "rebel": {"rounds": 100, "prompts": 32, "lr": 0.05},
+        "grpo": {"rounds": 60, "prompts_per_round": 8, "group_size": 8, "minibatch": 64, "lr": 0.05},
+        "rebel": {"rounds": 100, "prompts_per_round": 32, "lr": 0.05},
     }
     best: ClassVar[float] = float(MEANS.max(1).mean())
     uniform: ClassVar[float] = float(MEANS.mean())

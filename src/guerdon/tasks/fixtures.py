@@ -141,6 +141,8 @@ def sample_consistency(
     generator = torch.Generator().manual_seed(seed)
     shape = (len(prompts), config.in_channels, config.sample_size, config.sample_size)
     x = torch.randn(shape, generator=generator)
+    if config.time_cond_proj_dim is None:
+        raise ValueError("a consistency model must have a place for its guidance: time_cond_proj_dim is None")
     told = guidance_embedding(torch.full((len(prompts),), w), config.time_cond_proj_dim)
     grid, levels = schedule.consistency_grid(steps), schedule.alpha_bar()
     for index, t in enumerate(grid):

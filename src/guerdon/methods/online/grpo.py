@@ -22,7 +22,7 @@ class GRPO:
     """Group-relative policy optimisation. Defaults are the paper's where they do not depend on scale."""
 
     rounds: int = 100  # rounds of sampling and learning
-    prompts: int = 16  # prompts a round
+    prompts_per_round: int = 16  # different prompts that are answered
     group_size: int = 64  # answers to each prompt
     epochs: int = 1  # passes over each round's answers
     minibatch: int = 1024  # answers an optimiser step
@@ -47,7 +47,7 @@ class GRPO:
             clip=self.clip, kl=self.kl, kl_estimator="k3", reduction="trajectory"
         )
         for _ in run.steps(self.rounds):
-            traj = experience.collect(actor, self.prompts * self.group_size, group_size=self.group_size)
+            traj = experience.collect(actor, self.prompts_per_round * self.group_size, group_size=self.group_size)
             traj = traj.judged(feedback.score(traj))
             advantage = group_relative(traj.score(), traj.group, std=self.scale)
             traj.advantage = traj.per_step(advantage)

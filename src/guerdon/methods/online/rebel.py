@@ -22,7 +22,7 @@ class REBEL:
     """Regression to relative rewards."""
 
     rounds: int = 100  # rounds of sampling and learning
-    prompts: int = 32  # prompts a round, two answers each
+    prompts_per_round: int = 32  # different prompts, two answers each
     epochs: int = 1  # passes over each round's pairs
     eta: float = 1.0  # scale of the log-ratios against the reward differences
     lr: float = 3e-4  # of AdamW
@@ -41,7 +41,7 @@ class REBEL:
         """Answer each prompt twice, score, regress the differences; repeat."""
         objective = RewardDifference(eta=self.eta)
         for _ in run.steps(self.rounds):
-            traj = experience.collect(actor, 2 * self.prompts, group_size=2)
+            traj = experience.collect(actor, 2 * self.prompts_per_round, group_size=2)
             traj = traj.judged(feedback.score(traj))
             for _ in range(self.epochs):
                 for batch in pairs(traj).minibatches(self.minibatch, run.generator):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -134,11 +135,11 @@ def train_reader(directory: Path, steps: int = 3000, minutes: float | None = Non
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     model = load_reader(directory)
     figures = {}
-    for split in ("train", "test"):
-        pictures, digits = world.load(split)
-        figures[split] = round(
-            float((model(torch.from_numpy(pictures)).argmax(1).numpy() == digits).mean()), 4
-        )
+    splits: tuple[Literal["train", "test"], ...] = ("train", "test")
+    for split in splits:
+        shown, truth = world.load(split)
+        answers = model(torch.from_numpy(shown)).argmax(dim=1).numpy()
+        figures[split] = round(float((answers == truth).mean()), 4)
     log(
         "shipped weights, right: "
         + ", ".join(f"{name} {100 * value:.1f} %" for name, value in figures.items())

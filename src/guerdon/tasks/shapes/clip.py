@@ -81,7 +81,7 @@ class TinyCLIP(nn.Module):
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors ``[B, width]`` of prompts."""
-        ids = self.tokenizer(list(prompts), return_tensors="pt").input_ids.to(self.places.device)
+        ids = torch.as_tensor(self.tokenizer(list(prompts)).input_ids, device=self.places.device)
         real = (ids != self.tokenizer.pad_token_id)[..., None]
         words = self.text_tower(self.words(ids) + self.places) * real
         return F.normalize(self.text_head(words.sum(dim=1)), dim=-1)

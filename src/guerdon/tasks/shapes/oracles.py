@@ -90,7 +90,7 @@ def template_distance(images: Images) -> np.ndarray:
 
 def correct(images: Images, captions: Sequence[str]) -> np.ndarray:
     """``[B]`` bool: whether a picture has every attribute that its caption names."""
-    return _matches(images, captions).all(axis=1)
+    return np.all(_matches(images, captions), axis=1)
 
 
 def accuracy(images: Images, captions: Sequence[str]) -> dict[str, float]:

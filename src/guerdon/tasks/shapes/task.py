@@ -48,7 +48,7 @@ class Shapes(ImageTask):
         "ppo": {"rounds": 40, "samples": 64, "epochs": 1, "minibatch": 16, "clip": 1e-3, "lr": 1e-3, "lora_rank": 8},
         "grpo": {
             "rounds": 40,
-            "prompts": 8,
+            "prompts_per_round": 8,
             "group_size": 8,
             "minibatch": 16,
             "clip": 1e-3,
@@ -56,7 +56,7 @@ class Shapes(ImageTask):
             "lr": 1e-3,
             "lora_rank": 8,
         },
-        "rebel": {"rounds": 40, "prompts": 32, "minibatch": 8, "eta": 1.0, "lr": 1e-3, "lora_rank": 8},
+        "rebel": {"rounds": 40, "prompts_per_round": 32, "minibatch": 8, "eta": 1.0, "lr": 1e-3, "lora_rank": 8},
     }
 
     def training_prompts(self) -> list[str]:
