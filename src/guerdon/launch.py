@@ -339,18 +339,26 @@ def _finish(folder: Path, parts: _Assembly, before: Measured, after: Measured) -
         parts.roles["actor"].save(folder / "model")
         records = read_records(folder)
         pictures = parts.task.report(before, after, folder, records)
-        with contextlib.suppress(ImportError):
-            from guerdon.run.plots import curves
-
-            keys = [k for k in ("reward", "accuracy") if records and k in records[0]]
-            if keys:
-                curves(records, keys, folder / "curves.png")
-                pictures.append(str(folder / "curves.png"))
+        pictures += _plots(folder, records)
         summary = {"before": before.figures, "after": after.figures}
         (folder / "result.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise StorageError(f"cannot write the results of {folder}: {error.strerror or error}") from error
     return pictures
+
+
+def _plots(folder: Path, records: list[dict[str, Any]]) -> list[str]:
+    """Curves of the run, and what the reward cost in prompt accuracy where that was watched."""
+    from guerdon.run.plots import against_each_other, curves
+
+    written = []
+    keys = [key for key in ("reward", "accuracy") if records and key in records[0]]
+    if len(records) > 1 and keys:
+        written.append(str(curves(records, keys, folder / "curves.png", names={"accuracy": "prompt accuracy"})))
+    if len(keys) == 2 and len(records) > 1:
+        path = folder / "reward_accuracy.png"
+        written.append(str(against_each_other(records, *keys, path, names={"accuracy": "prompt accuracy"})))
+    return written
 
 
 def read_records(folder: str | Path) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ def sample(folder: str, options: Any) -> Iterator[str]:
             made.append((", ".join(filter(None, words)), actor.sample(rows, seeds, **own)))
     outputs = made[0][1].outputs
     if outputs is not None and "image" in outputs:
-        from guerdon.run.pictures import grid
+        from guerdon.evaluation.pictures import grid
 
         picture = grid([traj.images.cpu() for _, traj in made], labels=[label for label, _ in made], captions=rows)
         try:

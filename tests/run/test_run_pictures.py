@@ -13,7 +13,7 @@ from toy_training import ToyEngine
 
 from guerdon.errors import DataError, ShapeError, UsageError
 from guerdon.run import Run
-from guerdon.run.pictures import grid, wrap
+from guerdon.evaluation.pictures import grid, wrap
 from guerdon.run.plots import PALETTE, _moving, against_each_other, curves
 
 

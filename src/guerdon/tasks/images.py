@@ -141,9 +141,8 @@ class ImageTask(Task, abc.ABC):
         return {**figures, **self.monitor(traj)}, traj.judged(scores)
 
     def report(self, before: Measured, after: Measured, folder: Any, records: list[dict[str, Any]]) -> list[str]:
-        """``before_after.png`` (same prompts and noise) and ``reward_accuracy.png``."""
-        from guerdon.run.pictures import grid
-        from guerdon.run.plots import against_each_other
+        """``before_after.png``: the same prompts and noise."""
+        from guerdon.evaluation.pictures import grid
 
         folder = Path(folder)
         rows = self._distinct(before.samples)
@@ -156,12 +155,7 @@ class ImageTask(Task, abc.ABC):
             notes=notes,
         )
         picture.save(folder / "before_after.png")
-        written = [str(folder / "before_after.png")]
-        if len(records) > 1 and "accuracy" in records[0]:
-            path = folder / "reward_accuracy.png"
-            against_each_other(records, "reward", "accuracy", path, names={"accuracy": "prompt accuracy"})
-            written.append(str(path))
-        return written
+        return [str(folder / "before_after.png")]
 
     def _distinct(self, traj: Trajectories) -> list[int]:
         """Rows with different prompts, for the report."""
