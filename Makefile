@@ -26,7 +26,7 @@ help:
 	@echo 'make lint   checks style, imports and types'
 
 demo: $(VENV)/.demo
-	@$(BIN)/guerdon train rlcm --name demo-$$(date +%m%d-%H%M%S) --kl 0.1 $(ARGS)
+	@$(BIN)/guerdon train rlcm --name demo-$$(date +%m%d-%H%M%S) --kl 0.2 $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)

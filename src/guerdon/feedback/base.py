@@ -35,6 +35,8 @@ def checked_scores(answer: Any, prompts: Sequence[str], judge: str) -> Tensor:
     Raises:
         FeedbackError: another length, something that is no number, NaN or infinity.
     """
+    if answer is None:
+        raise FeedbackError(f"reward '{judge}' returned nothing; return {len(prompts)} floats, one a sample")
     try:
         scores = answer.detach().to("cpu", torch.float32) if isinstance(answer, Tensor) else None
         if scores is None:

@@ -83,8 +83,9 @@ class FunctionReward:
     """A plain function as a judge.
 
     Args:
-        function: ``function(images, prompts)``, or with parameters named ``texts``, ``actions`` or ``traj``
-            among its own: each is given what its name says.
+        function: parameters named ``images``, ``texts``, ``actions``, ``prompts`` or ``traj`` are given what
+            their names say; two of any other names get what was made (images, texts or actions) and the
+            prompts.
         name: what messages call it.
 
     Raises (from `score`): FeedbackError when the function raises, or answers with the wrong length or NaN.
@@ -109,7 +110,7 @@ class FunctionReward:
                     f"reward '{self.name}' takes {len(parameters)} arguments; expected score(images, prompts) "
                     "or score(texts, prompts)"
                 )
-            parameters = ["images", "prompts"]
+            parameters = ["made", "prompts"]
         self._wants = tuple(parameters)
 
     def score(self, traj: Trajectories) -> Tensor:
@@ -117,6 +118,9 @@ class FunctionReward:
         prompts = traj.prompts
         arguments: list[Any] = []
         for want in self._wants:
+            if want == "made":
+                made = [k for k in ("image", "text", "action") if traj.outputs is not None and k in traj.outputs]
+                want = f"{made[0]}s" if made else "images"
             if want == "prompts":
                 arguments.append(prompts)
             elif want == "images":
@@ -130,7 +134,9 @@ class FunctionReward:
                 except KeyError:
                     raise FeedbackError(f"reward '{self.name}' judges texts, but this policy makes none") from None
             elif want == "actions":
-                arguments.append(traj.outputs["action"].cpu().numpy() if traj.outputs is not None else None)
+                if traj.outputs is None or "action" not in traj.outputs:
+                    raise FeedbackError(f"reward '{self.name}' judges actions, but this policy records none")
+                arguments.append(traj.outputs["action"].cpu().numpy())
             else:
                 arguments.append(traj)
         try:
@@ -169,8 +175,9 @@ def user_function(spec: str) -> FunctionReward:
     sys.modules[module_name] = module  # so that what it defines can be pickled to workers
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise UsageError(f"{path_text} cannot be imported: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        frame = "" if isinstance(error, SyntaxError) else _innermost_frame(error)  # the former says where itself
+        raise UsageError(f"{path_text} cannot be imported: {type(error).__name__}: {error}{frame}") from error
     function = getattr(module, name, None)
     if not callable(function):
         defined = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
@@ -204,14 +211,18 @@ def parse_reward(spec: str, known: Mapping[str, Callable[..., Feedback]]) -> Fee
     Raises `UsageError` for anything else, with the nearest name.
     """
     members: list[tuple[float, Feedback]] = []
+    if Path(spec.rpartition(":")[0]).is_file():  # whatever signs its path holds
+        return user_function(spec)
     for term in re.split(r"\s*\+\s*", spec.strip()):
-        match = re.fullmatch(r"(?:(-?\d+(?:\.\d*)?(?:e-?\d+)?)\s*\*\s*)?(.+)", term)
+        match = re.fullmatch(r"(?:(-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\s*\*\s*)?(.+)", term)
         if match is None:
             raise UsageError(f"--reward '{spec}': '{term}' is not NAME, file.py:NAME or WEIGHT*NAME")
         weight = float(match.group(1) or 1.0)
         name = match.group(2).strip()
         base, equals, argument = name.partition("=")
-        if base in known:
+        if base in known and equals and not inspect.signature(known[base]).parameters:
+            raise UsageError(f"--reward '{spec}': '{base}' takes no argument")
+        elif base in known:
             members.append((weight, known[base](argument) if equals else known[base]()))
         elif ":" in name:
             members.append((weight, user_function(name)))
@@ -272,7 +283,10 @@ class _TransformersClip(nn.Module):
         """``[B]`` cosine similarities."""
         if self.tokenizer is None:
             raise UsageError("this CLIP folder holds no tokenizer, so prompts cannot be compared")
-        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
+        limit = min(self.tokenizer.model_max_length, self.clip.config.text_config.max_position_embeddings)
+        tokens = self.tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
+        )
         text = self.clip.text_model(**tokens).pooler_output
         text = nn.functional.normalize(self.clip.text_projection(text), dim=-1)
         return (self.image_features(images) * text).sum(-1)
@@ -301,26 +315,44 @@ class Aesthetic:
         path = Path(head)
         if not path.is_file():
             raise UsageError(f"no aesthetic head at '{head}'")
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = _read_weights(path)
         indices = sorted({int(key.split(".")[1]) for key in weights if key.startswith("layers.")})
         if not indices:
             raise UsageError(f"{head} holds no 'layers.N.weight'; it is not an aesthetic head")
         layers: list[nn.Module] = []
         for index in indices:  # the published head has dropout between its linear layers and no activation
-            weight = weights[f"layers.{index}.weight"]
-            layer = nn.Linear(weight.shape[1], weight.shape[0])
-            layer.load_state_dict({"weight": weight, "bias": weights[f"layers.{index}.bias"]})
+            try:
+                weight, bias = weights[f"layers.{index}.weight"], weights[f"layers.{index}.bias"]
+                layer = nn.Linear(weight.shape[1], weight.shape[0])
+                layer.load_state_dict({"weight": weight, "bias": bias})
+            except (KeyError, IndexError, RuntimeError) as error:
+                raise UsageError(f"{head} is not an aesthetic head: layer {index} is not linear") from error
             layers.append(layer)
         self.head = nn.Sequential(*layers).eval().requires_grad_(False)
         self.clip = clip_from_pretrained(clip)
+        found, wanted = self.clip.clip.config.projection_dim, layers[0].in_features
+        if found != wanted:
+            raise UsageError(f"{head} judges features of width {wanted}, but the CLIP model '{clip}' makes {found}")
 
     def score(self, traj: Trajectories) -> Tensor:
         """``[B]`` predicted ratings, about 1 to 10."""
         with torch.no_grad():
             rating = self.head(self.clip.image_features(traj.images)).squeeze(-1)
         return checked_scores(rating, traj.prompts, self.name).to(traj.log_prob.device)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` or ``.pth`` file; the latter is read without running code from it."""
+    import pickle
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{path} holds no weights that can be read: {reason}") from error
+    return weights if isinstance(weights, dict) else {}

@@ -36,6 +36,7 @@ from guerdon.batch import Trajectories, encode_text
 from guerdon.errors import ShapeError, UsageError
 from guerdon.policies import lora
 from guerdon.policies.base import Policy, masked
+from guerdon.policies.parallel import by_rows
 from guerdon.policies.schedule import NoiseSchedule, expand
 from guerdon.randomness import normal
 
@@ -203,10 +204,20 @@ class DenoisingPolicy(Policy):
     ) -> Transition:
         """The Gaussian over the next latent: ``state [N, C, H, W]``, times ``[N]`` int64."""
 
-    def _denoise(self, state: Tensor, timestep: Tensor, condition: Tensor, **options: Any) -> Tensor:
+    def _denoise(self, state: Tensor, timestep: Tensor, condition: Tensor, **options: Tensor) -> Tensor:
         """The denoiser's raw output as float32, whatever precision it computes in."""
-        arguments = {"encoder_hidden_states": condition.to(self.dtype), "return_dict": False, **options}
-        return self.denoiser(state.to(self.dtype), timestep, **arguments)[0].float()
+        state, condition = state.to(self.dtype), condition.to(self.dtype)
+
+        def part(rows: slice) -> Tensor:
+            more = {name: value[rows] for name, value in options.items()}
+            return self.denoiser(
+                state[rows], timestep[rows], encoder_hidden_states=condition[rows], return_dict=False, **more
+            )[0].float()
+
+        compiled = getattr(self.denoiser, "_compiled_call_impl", None) is not None
+        if state.device.type != "cpu" or compiled:
+            return part(slice(None))
+        return by_rows(part, len(state))
 
     # -- sampling ----------------------------------------------------------------------------------------
 

@@ -150,7 +150,9 @@ def _save_pipeline(policy: DenoisingPolicy, folder: Path) -> None:
             folder
         )
         settings["base"] = None
-        (folder / LORA_WEIGHTS).unlink(missing_ok=True)  # an earlier save's must not go on top of these weights
+        (folder / LORA_WEIGHTS).unlink(
+            missing_ok=True
+        )  # an earlier save's must not go on top of these weights
     else:
         settings["base"] = policy.source
     if adapted:

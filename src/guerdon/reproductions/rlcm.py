@@ -33,7 +33,7 @@ THRESHOLDS = {
     "prompts kept (kl), accuracy": 0.9,
     "rebel objective, gain after 30 s": 1.0,
 }
-KL = 0.1  # weight of the KL divergence in the arm that keeps the prompts
+KL = 0.2  # weight of the KL divergence in the arm that keeps the prompts
 NOTES = "See docs/results.md for how settings and thresholds were found."
 _LONG = 100_000  # rounds: more than any arm has time for
 

@@ -27,5 +27,10 @@ class Digits(ImageTask):
     def held_out_prompts(self) -> list[str]:
         return []
 
+    def clip(self) -> Any:
+        from guerdon.tasks.shapes.clip import TinyCLIP
+
+        return TinyCLIP.load(self.fixtures / "clip")
+
     def correct(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         return oracles.correct(images, prompts)
