@@ -46,4 +46,8 @@ $(VENV)/.test: pyproject.toml
 $(VENV)/.lint: pyproject.toml
 	@want='.[lint]'; $(INSTALL)
 
-.PHONY: help demo test lint
+# the tables of the docs, from results/
+tables:
+	$(BIN)/python -m guerdon.reproductions.tables docs/results.md
+
+.PHONY: help demo test lint tables

@@ -45,7 +45,9 @@ def make_fields(lengths: list[int], steps: int | None = None, seed: int = 0) -> 
     )
     fields: dict[str, Any] = {name: place.float() * mask for name in PER_STEP}
     return fields | {
-        "inputs": TensorDict({"context": torch.randn(B, 3, generator=generator), "step": step}, batch_size=[B]),
+        "inputs": TensorDict(
+            {"context": torch.randn(B, 3, generator=generator), "step": step}, batch_size=[B]
+        ),
         "mask": mask,
         "group": torch.arange(B) // 2,
         "version": torch.full((B,), 7),
@@ -144,12 +146,18 @@ WRONG_TRAJECTORIES: list[tuple[str, Callable[[], Any], str]] = [
         lambda: TensorDict({"step": TensorDict({"x": torch.zeros(2, 5)}, [2, 5])}, [2]),
         r"inputs\['step'\] has batch \[2, 5\], expected \[2, 3\]",
     ),
-    ("inputs", lambda: TensorDict({"x": torch.zeros(3)}, [3]), "Trajectories.inputs has 3 rows, the batch has 2"),
+    (
+        "inputs",
+        lambda: TensorDict({"x": torch.zeros(3)}, [3]),
+        "Trajectories.inputs has 3 rows, the batch has 2",
+    ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"), WRONG_TRAJECTORIES, ids=[f"{w[0]}-{i}" for i, w in enumerate(WRONG_TRAJECTORIES)]
+    ("field", "value", "message"),
+    WRONG_TRAJECTORIES,
+    ids=[f"{w[0]}-{i}" for i, w in enumerate(WRONG_TRAJECTORIES)],
 )
 def test_trajectories_say_what_is_wrong(field: str, value: Callable[[], Any], message: str) -> None:
     with pytest.raises(ShapeError, match=message) as caught:
@@ -217,7 +225,10 @@ def test_segments_say_what_is_wrong(changes: dict[str, Any], message: str) -> No
     [
         ({"rejected": make([1, 2])}, "Preferences.rejected has 2 rows, the batch has 4"),
         ({"strength": torch.zeros(4, 1)}, r"Preferences.strength has shape \[4, 1\], expected \[4\]"),
-        ({"strength": torch.zeros(4, dtype=torch.int64)}, "Preferences.strength is torch.int64, expected float"),
+        (
+            {"strength": torch.zeros(4, dtype=torch.int64)},
+            "Preferences.strength is torch.int64, expected float",
+        ),
         ({"annotator": torch.zeros(4)}, "Preferences.annotator is torch.float32, expected int"),
     ],
 )
@@ -273,7 +284,9 @@ def test_minibatches_without_a_generator_keep_the_order(any_batch: Any) -> None:
 def test_minibatches_are_shuffled_by_the_generator() -> None:
     traj = make([1] * 50)
     generator = torch.Generator().manual_seed(0)
-    first, second = (torch.cat([p.inputs["step", "place"] for p in traj.minibatches(7, generator)]) for _ in "ab")
+    first, second = (
+        torch.cat([p.inputs["step", "place"] for p in traj.minibatches(7, generator)]) for _ in "ab"
+    )
     assert not torch.equal(first, second)
     assert not torch.equal(first, traj.inputs["step", "place"])
 
@@ -301,7 +314,10 @@ def test_concatenate_pads_steps_texts_and_prompts() -> None:
     assert joined.lengths.tolist() == [2, 1, 4, 1]
     assert joined.prompts == ["no", "ünïcode", "a much longer prompt", "x"]
     assert joined.texts == ["ünïcode", "no", "a much longer prompt", "x"]
-    assert joined.inputs["prompt_token"].tolist() == [[0, 0, 0, 1, 2]] * 2 + [[1, 2, 3, 4, 5], [0, 0, 0, 0, 1]]
+    assert joined.inputs["prompt_token"].tolist() == [[0, 0, 0, 1, 2]] * 2 + [
+        [1, 2, 3, 4, 5],
+        [0, 0, 0, 0, 1],
+    ]
     assert joined.inputs["prompt_mask"].sum(1).tolist() == [2, 2, 5, 1]
     assert joined.inputs["step", "deep", "place"].shape == (4, 4, 2)
     assert joined.reference.batch_size == torch.Size([4, 4])
@@ -370,7 +386,9 @@ def test_shuffled_steps_stay_together(lengths: list[int], seed: int) -> None:
     assert torch.equal(shuffled.reference["logits"], place[..., None].expand(*place.shape, 4).float())
     assert torch.equal(shuffled.inputs["context"], traj.inputs["context"])
     assert torch.equal(shuffled.score(), traj.score())
-    assert torch.equal(traj.inputs["step", "place"], make(lengths).inputs["step", "place"])  # the original stays
+    assert torch.equal(
+        traj.inputs["step", "place"], make(lengths).inputs["step", "place"]
+    )  # the original stays
 
 
 def test_each_row_is_shuffled_by_an_order_of_its_own() -> None:
@@ -493,7 +511,7 @@ def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
     transitions().save_file(path)
     with pytest.raises(DataError, match=r"batch.safetensors holds Transitions, expected Trajectories"):
         Trajectories.load_file(path)
-    with pytest.raises(DataError, match="missing.safetensors: not a readable safetensors file"):
+    with pytest.raises(DataError, match=r"missing.safetensors: not a readable safetensors file"):
         Transitions.load_file(tmp_path / "missing.safetensors")
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(DataError, match="not a readable safetensors file"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -69,7 +70,7 @@ def test_seeds_differ_between_rows_and_runs() -> None:
 def test_seeds_are_well_mixed() -> None:
     """Neighbouring seeds differ in half of their bits, and no bit is constant."""
     seeds = [mix(0, i) for i in range(2000)]
-    flips = [(a ^ b).bit_count() for a, b in zip(seeds, seeds[1:], strict=False)]
+    flips = [(a ^ b).bit_count() for a, b in itertools.pairwise(seeds)]
     assert abs(sum(flips) / len(flips) - 31.5) < 0.5
     for bit in range(63):
         assert 0.4 < sum(seed >> bit & 1 for seed in seeds) / len(seeds) < 0.6

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import WORDS, MLPPolicy, episodes, image_policy
 from torch import Tensor, nn
 
 from guerdon.batch import Trajectories
@@ -26,6 +25,7 @@ from guerdon.policies.tabular import CategoricalTable
 from guerdon.randomness import row_seeds
 from guerdon.roles import Role, RoleSettings
 from guerdon.tasks.tokens import tiny_llama, tokenizer
+from tiny import WORDS, MLPPolicy, episodes, image_policy
 
 LENGTHS = [3, 1, 4, 2, 4, 3, 1]
 
@@ -89,7 +89,9 @@ def test_gradients_are_cut_to_the_norm_and_no_further() -> None:
     def step(norm: float | None) -> tuple[float, Any]:
         actor = role(SGD(1.0), max_grad_norm=norm)
         metrics = actor.update(batch, Reinforce())
-        return math.sqrt(sum(((a - b) ** 2).sum() for a, b in zip(weights(actor), before, strict=True))), metrics
+        return math.sqrt(
+            sum(((a - b) ** 2).sum() for a, b in zip(weights(actor), before, strict=True))
+        ), metrics
 
     free, metrics = step(None)
     assert "grad_norm" not in metrics
@@ -295,7 +297,9 @@ def test_bfloat16_samples_and_learns(adapt: LoRA | None) -> None:
     assert traj.log_prob.dtype == torch.float32
     difference = (traj.log_prob - exact.log_prob(traj)).abs().max()
     assert 0 < difference < 0.05  # it is another precision, and not far off
-    torch.testing.assert_close(actor.log_prob(traj), traj.log_prob, atol=1e-5, rtol=0)  # the same one when learning
+    torch.testing.assert_close(
+        actor.log_prob(traj), traj.log_prob, atol=1e-5, rtol=0
+    )  # the same one when learning
     traj.advantage = traj.per_step(torch.linspace(-1, 1, 6))
     before = weights(policy.core)
     metrics = actor.update(traj, ClippedSurrogate())
@@ -451,7 +455,9 @@ def test_followers_copy_buffers_and_are_saved() -> None:
 # --- checkpoints ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimiser", [Adam(1e-2, schedule="cosine", warmup=3, total=12), SGD(0.1, momentum=0.9)])
+@pytest.mark.parametrize(
+    "optimiser", [Adam(1e-2, schedule="cosine", warmup=3, total=12), SGD(0.1, momentum=0.9)]
+)
 def test_a_restored_role_goes_on_bit_for_bit(optimiser: Any) -> None:
     actor = role(optimiser)
     for i in range(5):
@@ -546,8 +552,15 @@ def test_schedules() -> None:
     assert [warm.factor(i) for i in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
     both = SGD(1.0, schedule="linear", warmup=2, total=4)
     assert [both.factor(i) for i in range(4)] == [0.5, 0.75, 0.5, 0.25]
-    with pytest.raises(ValueError, match="'linear' schedule needs total > 0"):
-        SGD(1.0, schedule="linear")
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"schedule": "linear"}, "'linear' schedule needs total > 0"),
+        ({"schedule": "cosin", "total": 3}, "unknown schedule 'cosin'; did you mean 'cosine'"),
+        ({"lr": float("nan")}, "the learning rate is nan"),
+        ({"lr": -1.0}, "the learning rate is -1.0"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(UsageError, match=message):
+            SGD(**options)
 
 
 def test_an_update_takes_the_rate_of_its_number() -> None:
@@ -607,7 +620,9 @@ def test_overrides_win_over_what_a_method_asks_for(threads: int) -> None:
     engine = LocalEngine("cpu", threads=1, precision="bfloat16", micro_batch=None)
     asked = RoleSettings(SGD(0.1), micro_batch=4)
     assert engine.role("a", nn.Linear(2, 2), settings=asked).settings.precision == "bfloat16"
-    role = engine.role("b", nn.Linear(2, 2), SGD(0.2), settings=asked, precision="float32", max_grad_norm=None)
+    role = engine.role(
+        "b", nn.Linear(2, 2), SGD(0.2), settings=asked, precision="float32", max_grad_norm=None
+    )
     assert role.settings == RoleSettings(SGD(0.2), None, micro_batch=4, precision="bfloat16")
     engine.close()
 

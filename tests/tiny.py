@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +12,15 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from guerdon.batch import Trajectories
+from guerdon.engine.local import LocalEngine
 from guerdon.policies.base import Policy, masked
 from guerdon.policies.consistency import ConsistencyPolicy
 from guerdon.policies.denoiser import Denoiser, DenoiserConfig, TextEncoder, TextEncoderConfig, WordTokenizer
 from guerdon.policies.denoising import DenoisingPolicy
 from guerdon.policies.diffusion import DiffusionPolicy
 from guerdon.policies.schedule import NoiseSchedule
+from guerdon.roles import Role
+from guerdon.run import Run
 
 WORDS = ["red circle", "blue square", "green ring", "red square", "blue ring", "green circle"]
 
@@ -92,3 +97,26 @@ def episodes(lengths: Sequence[int], seed: int = 0, **changes: Any) -> Trajector
         "group": torch.arange(B) // 2,
     }
     return Trajectories(**(fields | changes))
+
+
+class Watched(Role):
+    """A role that keeps what it was asked to learn from: ``calls`` of (batch, objective, metrics)."""
+
+    def update(self, batch: Any, objective: Any) -> Any:
+        self.calls = getattr(self, "calls", [])
+        self.calls.append([batch, objective, None])
+        self.calls[-1][2] = metrics = super().update(batch, objective)
+        return metrics
+
+
+def train(
+    method: Any, policy: Policy, experience: Any, feedback: Any, folder: Path, **changes: Any
+) -> Watched:
+    """Run ``method`` on these pieces; the actor with everything it learned from in ``calls``."""
+    settings = replace(method.roles()["actor"], **changes)
+    actor = Watched("actor", policy, settings)
+    engine = LocalEngine("cpu", threads=1)
+    with Run(folder / "run", engine=engine, progress=False, checkpoint_every=1e9) as run:
+        method.train(run, actor=actor, experience=experience, feedback=feedback)
+    engine.close()
+    return actor

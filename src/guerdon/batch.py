@@ -31,7 +31,7 @@ import torch
 from tensordict import TensorClass, TensorDict, TensorDictBase
 from torch import Tensor
 
-from guerdon.errors import DataError, ShapeError
+from guerdon.errors import DataError, ShapeError, UsageError
 
 Self = TypeVar("Self", bound="Batch")
 
@@ -108,6 +108,8 @@ class Batch(TensorClass["nocast"]):
 
     def minibatches(self: Self, size: int, generator: torch.Generator | None = None) -> Iterator[Self]:
         """Rows in random order (in order, without a ``generator``), ``size`` at a time; the last may be shorter."""
+        if size < 1:
+            raise UsageError(f"a minibatch holds at least one row, not {size}")
         rows = self.batch_size[0]
         if generator is None:
             for start in range(0, rows, size):

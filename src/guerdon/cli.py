@@ -51,7 +51,7 @@ class Common:
     precision: str | None = None  # float32, bfloat16 or float16 for the matrix work
     compile: bool = False  # run the model through torch.compile (for long runs)
     log: str = ""  # further loggers, comma-separated: tensorboard, wandb, trackio
-    checkpoint_every: float = 30.0  # seconds between checkpoints
+    checkpoint_every: float = 10.0  # seconds between checkpoints
     checkpoint_steps: int | None = None  # rounds between checkpoints, instead of seconds
     max_seconds: float | None = None  # stop after about this much training
     quiet: bool = False  # no progress bar
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UsageError(f"unknown command '{command}'; {nearest(command, COMMANDS)}")
         return COMMANDS[command](rest)
     except GuerdonError as error:
-        print(f"guerdon: {error}", file=sys.stderr)
+        print(f"guerdon: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever a file raised
         return error.exit_status
     except KeyboardInterrupt as error:
         text = str(error)
@@ -144,7 +144,7 @@ def _train(args: list[str]) -> int:
     task = _peek(rest, "task") or launch.default_task(slug)
     tasks.find(task)
     launch.policy_kind(slug, task)
-    recipe = launch.method_for(slug, task)
+    recipe = launch.method_for(slug, task, own_model=_peek(rest, "model") is not None)
     # One flat dataclass, so that --help is one list: the method's own options first, then what all share.
     options = _merged(cls, recipe)
     description = f"{system.title} ({system.reference}). Task '{task}'."
@@ -205,16 +205,16 @@ def _print_result(result: Any) -> None:
     for name in names:
         print(f"{name:{width}}  {result.before[name]:>10.4g}  {result.after[name]:>10.4g}")
     print(f"\ntrained for {result.seconds:.0f} s; model and metrics in {result.folder}")
-    if result.pictures:
-        print(f"same prompts and seeds, before above after: {result.pictures[0]}")
-        for picture in result.pictures[1:]:
-            print(f"also: {picture}")
+    for picture in result.pictures:
+        compares = os.path.basename(picture) == "before_after.png"
+        print(f"{'same prompts and seeds, before above after' if compares else 'also'}: {picture}")
 
 
 def _resume(args: list[str]) -> int:
     folder, rest = _positional(args, "the run's folder", "guerdon resume runs/NAME [--quiet]")
-    if set(rest) - {"--quiet"}:
-        raise UsageError(f"unknown option '{rest[0]}'; 'guerdon resume' takes the folder and --quiet")
+    unknown = [option for option in rest if option != "--quiet"]
+    if unknown:
+        raise UsageError(f"unknown option '{unknown[0]}'; 'guerdon resume' takes the folder and --quiet")
     from guerdon import launch
 
     _print_result(launch.resume(folder, progress="--quiet" not in rest))

@@ -13,7 +13,7 @@ import inspect
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,14 @@ from torch import Tensor
 from guerdon import catalog, tasks
 from guerdon.batch import Trajectories
 from guerdon.engine.local import LocalEngine
-from guerdon.errors import CheckpointError, GuerdonError, StorageError, UsageError, nearest
+from guerdon.errors import (
+    CheckpointError,
+    GuerdonError,
+    NonFiniteError,
+    StorageError,
+    UsageError,
+    nearest,
+)
 from guerdon.feedback.base import Feedback
 from guerdon.feedback.functions import MixedReward
 from guerdon.roles import Role
@@ -73,8 +80,9 @@ def default_task(slug: str) -> str:
     return fitting[0]
 
 
-def method_for(slug: str, task: str, **options: Any) -> Any:
-    """A method with its published defaults, the task's recipe over them, and ``options`` over both.
+def method_for(slug: str, task: str, own_model: bool = False, **options: Any) -> Any:
+    """A method with its published defaults, the task's recipe over them, and ``options`` over both. A recipe
+    suits the model that the task ships; with a model of the user's the published defaults stand.
 
     Raises `UsageError` for an option that the method does not have, with the nearest name.
     """
@@ -83,7 +91,7 @@ def method_for(slug: str, task: str, **options: Any) -> Any:
     for option in options:
         if option not in names:
             raise UsageError(f"'{slug}' has no option '{option}'; {nearest(option, names)}")
-    recipe = tasks.find(task).recipes.get(catalog.find(slug).slug, {})
+    recipe = {} if own_model else tasks.find(task).recipes.get(catalog.find(slug).slug, {})
     return cls(**{**recipe, **options})
 
 
@@ -200,7 +208,7 @@ def train(
     precision: str | None = None,
     compile: bool | None = None,
     log: Sequence[str] = (),
-    checkpoint_every: float = 30.0,
+    checkpoint_every: float = 10.0,
     checkpoint_steps: int | None = None,
     progress: bool = True,
     max_seconds: float | None = None,
@@ -231,7 +239,7 @@ def train(
     system = catalog.find(slug)
     task = task or default_task(slug)
     if isinstance(method, str):
-        method = method_for(slug, task, **options)
+        method = method_for(slug, task, own_model=model is not None, **options)
     elif options:
         raise UsageError("options go into the method object when one is given")
     function = reward if callable(reward) else None
@@ -303,20 +311,21 @@ def _launch(
         actor = parts.roles["actor"]
         experience = parts.task.experience(seed)
         # Measured before the run's folder exists: a judge that fails costs nothing and leaves nothing behind.
+        new = not folder.exists()
         before = parts.task.measure(actor, parts.feedback, **parts.sampling)
         run = Run(
             folder,
             engine=engine,
             seed=seed,
             config=config,
-            checkpoint_every=config.get("checkpoint_every") or 30.0,
+            checkpoint_every=config.get("checkpoint_every") or 10.0,
             checkpoint_steps=config.get("checkpoint_steps"),
             log=config.get("log") or (),
             progress=progress,
             resume=again,
             max_seconds=config.get("max_seconds"),
         )
-        with run:
+        with _nothing_left(folder if new else None), run:
             for name, role in parts.roles.items():
                 run.adopt(name, role)
             run.track("experience", experience)
@@ -331,6 +340,19 @@ def _launch(
         return Result(folder, before.figures, after.figures, pictures, actor, seconds)
     finally:
         engine.close()
+
+
+@contextlib.contextmanager
+def _nothing_left(folder: Path | None) -> Iterator[None]:
+    """Remove a new run's ``folder`` when it is refused before its first step ended: there is nothing to resume."""
+    try:
+        yield
+    except NonFiniteError:  # the batch that failed is in it
+        raise
+    except GuerdonError:
+        if folder is not None and not read_records(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _finish(folder: Path, parts: _Assembly, before: Measured, after: Measured) -> list[str]:

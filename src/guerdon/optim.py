@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
+
+from guerdon.errors import UsageError, nearest
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -30,8 +32,12 @@ class Optimiser:
     total: int = 0
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.lr) and self.lr >= 0):
+            raise UsageError(f"the learning rate is {self.lr}; it must be a number that is not negative")
+        if self.schedule not in get_args(Schedule):
+            raise UsageError(f"unknown schedule '{self.schedule}'; {nearest(self.schedule, get_args(Schedule))}")
         if self.schedule != "constant" and self.total <= 0:
-            raise ValueError(f"the '{self.schedule}' schedule needs total > 0 updates")
+            raise UsageError(f"the '{self.schedule}' schedule needs total > 0 updates")
 
     def factor(self, update: int) -> float:
         """What multiplies ``lr`` at the given update (the first is 0)."""

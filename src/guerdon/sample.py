@@ -9,6 +9,7 @@ from typing import Any
 
 from guerdon import launch
 from guerdon.batch import Trajectories
+from guerdon.engine.local import LocalEngine
 from guerdon.errors import UsageError
 from guerdon.policies.pretrained import load_policy
 from guerdon.randomness import row_seeds
@@ -38,13 +39,16 @@ def _actors(folder: str, untrained: bool, device: str) -> tuple[list[tuple[str, 
         raise UsageError(f"{folder} is a model, not a run, so it has no untrained form")
     if not Path(folder).exists() and folder.startswith("runs/"):
         raise UsageError(f"there is no run at {folder}")
-    return [("", Role("actor", load_policy(folder)))], {}, None
+    engine = LocalEngine(device)
+    return [("", engine.role("actor", load_policy(folder)))], {}, None
 
 
 def sample(folder: str, options: Any) -> Iterator[str]:
     """Generate with the policy in ``folder`` (a run, or any model that `load_policy` reads); yields lines to
     print. Pictures go to ``options.out``; texts are printed."""
     steps = _steps(options.steps)
+    if options.count < 1:
+        raise UsageError(f"--count is {options.count}; it must be at least 1")
     actors, sampling, trained = _actors(folder, options.untrained, options.device)
     prompts = list(options.prompt)
     if not prompts:

@@ -243,6 +243,18 @@ def test_lora_on_weights_without_a_name_takes_its_base_along(saved: tuple[str, P
     assert (our_pictures(policy).int() - theirs.int()).abs().max() <= 1
 
 
+def test_a_later_save_replaces_an_earlier_one(saved: tuple[str, Path], tmp_path: Path) -> None:
+    policy = load_policy(saved[1])
+    plain = chain(policy)
+    lora.add(policy.core, LoRA(rank=2))
+    stir(policy)
+    policy.save_pretrained(tmp_path / "model")
+    load_policy(saved[1]).save_pretrained(tmp_path / "model")
+    torch.testing.assert_close(chain(load_policy(tmp_path / "model")), plain, atol=1e-5, rtol=1e-5)
+    policy.save_pretrained(tmp_path / "model")
+    torch.testing.assert_close(chain(load_policy(tmp_path / "model")), chain(policy), atol=1e-4, rtol=1e-4)
+
+
 def test_a_pipeline_without_vae_works_on_pixels(saved: tuple[str, Path], tmp_path: Path) -> None:
     kind, folder = saved
     full = load_policy(folder)
@@ -314,6 +326,20 @@ def test_own_format_folds_an_adapter_and_keeps_it_apart_too(kind: str, tmp_path:
     wrapped = PeftModel.from_pretrained(base.denoiser, str(tmp_path))  # plain peft reads the adapter
     x, condition = normal(SEEDS, (3, 8, 8)), policy.encode(PROMPTS)
     torch.testing.assert_close(wrapped(x, 500, condition).sample, policy.denoiser(x, 500, condition).sample)
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("consistency", 4), ("diffusion", 10)])
+def test_the_shapes_models_draw_what_their_captions_say(kind: str, steps: int) -> None:
+    from guerdon.tasks import shapes
+    from guerdon.tasks.shapes import oracles, world
+
+    policy = load_policy(Path(shapes.__file__).parent / "fixtures" / kind)
+    captions = world.held_out_captions()[::3][:48]
+    traj = policy.sample(captions, row_seeds(1, 0, len(captions)), steps=steps, guidance=3.0)
+    assert oracles.accuracy(traj.images, captions)["all"] >= 0.9
+    assert oracles.accuracy(traj.images, captions[::-1])["all"] < 0.1
+    with torch.no_grad():
+        torch.testing.assert_close(policy.log_prob(traj), traj.log_prob, atol=1e-5, rtol=1e-5)
 
 
 # --- what can go wrong ------------------------------------------------------------------------------------

@@ -43,10 +43,15 @@ def _without_gradient(call: Callable[[slice], Tensor], piece: slice) -> Tensor:
         return call(piece)
 
 
+def _single() -> None:
+    torch.get_num_threads()  # at its first question a thread takes over the default; then it keeps its own
+    torch.set_num_threads(1)
+
+
 def _pool(threads: int) -> ThreadPoolExecutor:
     key = (os.getpid(), threads)
     if key not in _pools:
-        pool = ThreadPoolExecutor(threads, "guerdon-rows", initializer=torch.set_num_threads, initargs=(1,))
+        pool = ThreadPoolExecutor(threads, "guerdon-rows", initializer=_single)
         together = threading.Barrier(threads)
         list(pool.map(lambda _: together.wait(), range(threads)))  # start them all now
         torch.set_num_threads(threads)  # theirs is 1, but it also became the default of threads to come

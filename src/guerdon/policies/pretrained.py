@@ -148,8 +148,9 @@ def _load_pipeline(
         unet_class = (index.get("unet") or [None, None])[-1]
         if unet_class != "UNet2DConditionModel" or "text_encoder_2" in has or "text_encoder" not in has:
             raise UsageError(
-                f"the model {name} is a {index.get('_class_name')}: guerdon runs pipelines of one CLIP "
-                "text encoder and one UNet2DConditionModel (Stable Diffusion 1.x and 2.x, latent consistency models)"
+                f"the model {name} is a {index.get('_class_name')}: guerdon runs pipelines of one CLIP text "
+                "encoder and one UNet2DConditionModel (Stable Diffusion 1.x and 2.x, latent consistency "
+                "models)"
             )
         config = DDIMScheduler.load_config(name, subfolder="scheduler")  # whichever it is: only its values
         unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **options)

@@ -130,9 +130,8 @@ def _save_pipeline(policy: DenoisingPolicy, folder: Path) -> None:
     unet: Any = policy.denoiser
     settings = policy.settings()
     adapted = lora.has_lora(unet)
-    pipeline_class: Any = (
-        LatentConsistencyModelPipeline if policy.kind == "consistency" else StableDiffusionPipeline
-    )
+    embedded = unet.config.time_cond_proj_dim is not None
+    pipeline_class: Any = LatentConsistencyModelPipeline if embedded else StableDiffusionPipeline
     if not adapted or policy.source is None:
         base = _unadapted(unet, lora.base_state_dict(unet)) if adapted else unet
         arguments = {
@@ -146,13 +145,10 @@ def _save_pipeline(policy: DenoisingPolicy, folder: Path) -> None:
             "requires_safety_checker": False,
         }
         known = inspect.signature(pipeline_class.__init__).parameters
-        pipeline_class(**{key: value for key, value in arguments.items() if key in known}).save_pretrained(
-            folder
-        )
+        pipeline = pipeline_class(**{key: value for key, value in arguments.items() if key in known})
+        pipeline.save_pretrained(folder)
         settings["base"] = None
-        (folder / LORA_WEIGHTS).unlink(
-            missing_ok=True
-        )  # an earlier save's must not go on top of these weights
+        (folder / LORA_WEIGHTS).unlink(missing_ok=True)  # an older one must not go on top of these weights
     else:
         settings["base"] = policy.source
     if adapted:

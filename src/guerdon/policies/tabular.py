@@ -12,6 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from guerdon.batch import Trajectories, encode_text
+from guerdon.errors import UsageError, nearest
 from guerdon.policies.base import Policy, masked
 from guerdon.randomness import uniform
 
@@ -35,7 +36,10 @@ class CategoricalTable(Policy):
     def sample(
         self, prompts: Sequence[str], seeds: Tensor, group: Tensor | None = None, **options: object
     ) -> Trajectories:
-        """One action a prompt; ``T`` is 1. Raises `KeyError` for an unknown context."""
+        """One action a prompt; ``T`` is 1. Raises `UsageError` for an unknown context."""
+        for prompt in prompts:
+            if prompt not in self._index:
+                raise UsageError(f"this policy knows no context '{prompt}'; {nearest(prompt, self.contexts)}")
         context = torch.tensor([self._index[p] for p in prompts], device=self.logits.device)
         log_probs = self.logits[context].log_softmax(-1)
         draw = uniform(seeds, (1,), self.logits.device)

@@ -1,7 +1,8 @@
 """Tables of the docs, made from ``results/``: ``python -m guerdon.reproductions.tables docs/results.md``.
 
 A document marks a place with ``<!-- results: NAME -->`` and ``<!-- end -->``; what lies between is replaced by
-the table of ``results/NAME.json`` (a reproduction) or ``results/bench_NAME.json`` (with NAME ``bench_...``).
+the table of ``results/NAME.json`` (a reproduction or a benchmark). NAME ``fixtures`` is the quality of the
+shipped models.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from guerdon import tasks
 
 _MARK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -52,10 +55,25 @@ def benchmark(record: dict[str, Any]) -> str:
     return f"{markdown(rows)}\n\n({_machine(record)})"
 
 
+def fixtures() -> str:
+    """What the shipped models reach: the ``quality.json`` beside each, measured on the shipped weights."""
+    rows = [["model", "sampler", "training prompts", "held-out pairs", "training steps"]]
+    for task in ("shapes", "digits"):
+        for kind in ("diffusion", "consistency"):
+            path = Path(tasks.__file__).parent / task / "fixtures" / kind / "quality.json"
+            quality = json.loads(path.read_text(encoding="utf-8"))
+            for sampler, shares in quality["right"].items():
+                shown = [f"{100 * shares[k]['all']:.1f} %" if k in shares else "" for k in ("training", "held out")]
+                rows.append([f"{task}, {kind}", sampler, *shown, str(quality["steps"])])
+    return markdown(rows)
+
+
 def fill(text: str, results: Path) -> str:
     """``text`` with every marked place filled from ``results``; a missing record leaves a note."""
 
     def table(match: re.Match[str]) -> str:
+        if match.group(2) == "fixtures":
+            return f"{match.group(1)}\n{fixtures()}\n\n{match.group(3)}"
         path = results / f"{match.group(2)}.json"
         if not path.is_file():
             body = f"(not measured yet: {path.name} is missing)"

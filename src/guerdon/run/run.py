@@ -53,6 +53,9 @@ class Interrupted(KeyboardInterrupt):
         self.exit_status = 128 + signum
 
 
+_SHARE = 20  # checkpoints are at least this many times their own cost apart
+
+
 class Run:
     """A training run in ``folder``; use it in a ``with`` statement.
 
@@ -61,7 +64,8 @@ class Run:
         engine: has ``role(name, model, optimiser, **settings)``, which makes a role, and ``describe()``.
         seed: seeds python, numpy, torch and `generator` when the run is entered. A resumed run keeps its own.
         config: what else is needed to run again; written to ``config.json``.
-        checkpoint_every: seconds between checkpoints; each is written at the end of a step.
+        checkpoint_every: seconds between checkpoints; each is written at the end of a step. Where writing
+            takes long they are rarer, so that it costs at most a twentieth of the time.
         checkpoint_steps: if given, a checkpoint every so many steps instead.
         keep: how many checkpoints to keep.
         log: where metrics go besides the folder: ``tensorboard``, ``wandb``, ``trackio``.
@@ -83,7 +87,7 @@ class Run:
         engine: Any,
         seed: int = 0,
         config: dict[str, Any] | None = None,
-        checkpoint_every: float = 30.0,
+        checkpoint_every: float = 10.0,
         checkpoint_steps: int | None = None,
         keep: int = 3,
         log: Sequence[str] = (),
@@ -123,6 +127,7 @@ class Run:
         self._signal: int | None = None
         self._saved_step: int | None = None  # the newest checkpoint
         self._saved_at = 0.0
+        self._save_cost = 0.0  # seconds that the last checkpoint took
         self._started = 0.0  # when the run would have started had it never been interrupted
         self._step_started = 0.0
         self._first_headline: Number | None = None
@@ -365,7 +370,7 @@ class Run:
         if self._every_steps is not None:
             due = self._position.step % self._every_steps == 0
         else:
-            due = now - self._saved_at >= self._every
+            due = now - self._saved_at >= max(self._every, _SHARE * self._save_cost)
         if due or last or self._signal is not None:
             self._checkpoint()
         self._stop_if_asked()
@@ -460,6 +465,7 @@ class Run:
 
     def _checkpoint(self) -> None:
         random = random_states(self.generator)
+        began = time.perf_counter()
         self._metrics.sync()  # what the checkpoint covers must reach the disk before it
         checkpoint.save(
             self.folder,
@@ -479,6 +485,7 @@ class Run:
         # checkpoints are made depends on the clock
         restore_random_states(random, self.generator)
         self._saved_step, self._saved_at = self._position.step, time.perf_counter()
+        self._save_cost = self._saved_at - began
 
     def _load_newest(self) -> None:
         """Read the newest checkpoint and cut the records back to what it covers."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guerdon.credit import PromptStatistics
+from guerdon.errors import UsageError
 from guerdon.experience.prompts import Prompted
 from guerdon.feedback.base import Feedback
 from guerdon.objectives.policy_gradient import ClippedSurrogate
@@ -40,6 +41,10 @@ class DDPO:
     kl: float = 0.0  # weight of the KL divergence from the untrained model
     micro_batch: int | None = None  # images a forward and backward pass
     micro_steps: int | None = None  # denoising steps a forward and backward pass
+
+    def __post_init__(self) -> None:
+        if self.eta <= 0:
+            raise UsageError(f"eta is {self.eta}; a sampler without noise takes no actions to learn from")
 
     def roles(self) -> dict[str, RoleSettings]:
         """How the actor is held and trained."""

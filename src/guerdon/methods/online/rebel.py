@@ -44,6 +44,6 @@ class REBEL:
             traj = experience.collect(actor, 2 * self.prompts_per_round, group_size=2)
             traj = traj.judged(feedback.score(traj))
             for _ in range(self.epochs):
-                for batch in pairs(traj).minibatches(self.minibatch, run.generator):
+                for batch in pairs(traj, "adjacent").minibatches(self.minibatch, run.generator):
                     run.log(**actor.update(batch, objective))
             run.log(reward=traj.score().mean())

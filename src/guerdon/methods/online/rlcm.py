@@ -8,9 +8,10 @@ at the end. Clipped policy gradient with per-prompt reward statistics then train
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from guerdon.credit import PromptStatistics
+from guerdon.errors import UsageError, nearest
 from guerdon.experience.prompts import Prompted
 from guerdon.feedback.base import Feedback
 from guerdon.objectives.policy_gradient import ClippedSurrogate
@@ -19,6 +20,8 @@ from guerdon.optim import Adam
 from guerdon.policies.lora import LoRA
 from guerdon.roles import Role, RoleSettings
 from guerdon.run import Run
+
+Objective = Literal["clip", "rebel"]
 
 
 @dataclass
@@ -38,11 +41,21 @@ class RLCM:
     buffer_size: int = 16  # rewards remembered for each prompt
     min_count: int = 16  # with fewer, the whole round's mean and spread are used
     advantage_clamp: float = 10.0  # advantages are cut to plus or minus this
-    objective: Literal["clip", "rebel"] = "clip"  # clipped surrogate, or regression of reward differences
+    objective: Objective = "clip"  # clipped surrogate, or regression of reward differences
     eta: float = 1.0  # scale of the log-ratios in the rebel objective
     kl: float = 0.0  # weight of the KL divergence from the untrained model (0: as published)
     ghost: bool = False  # also train on the released code's last transition, which no reward depends on
     micro_batch: int | None = None  # images (or pairs) a forward and backward pass; less memory, same update
+
+    def __post_init__(self) -> None:
+        if self.objective not in get_args(Objective):
+            raise UsageError(f"unknown objective '{self.objective}'; {nearest(self.objective, get_args(Objective))}")
+        if self.steps < 2 and not self.ghost:
+            raise UsageError(f"steps is {self.steps}; the last step is no action, so it takes at least 2 to learn")
+        if self.objective == "rebel" and (self.samples % 2 or self.update_batch < 2):
+            raise UsageError("the rebel objective compares pairs: samples must be even, update_batch at least 2")
+        if self.objective == "rebel" and self.kl:
+            raise UsageError("the rebel objective has no kl weight; its eta keeps it near the policy that sampled")
 
     def roles(self) -> dict[str, RoleSettings]:
         """How the actor is held and trained."""
@@ -74,7 +87,7 @@ class RLCM:
             if self.kl:
                 traj.reference = reference.distribution(traj)
             if rebel:
-                for batch in pairs(traj).minibatches(self.update_batch // 2, run.generator):
+                for batch in pairs(traj, "adjacent").minibatches(self.update_batch // 2, run.generator):
                     run.log(**actor.update(batch, regression))
             else:
                 for batch in traj.minibatches(self.update_batch, run.generator):
