@@ -367,6 +367,13 @@ def test_normalise() -> None:
     assert not normalise(torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool)).any()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 7, 64, 256])
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.7, -12.34, 1e6])
+def test_normalise_gives_equal_advantages_exactly_zero(rows: int, value: float) -> None:
+    """Their rounding errors must not be blown up to the size of a real advantage."""
+    assert not normalise(torch.full((rows, 3), value), torch.ones(rows, 3, dtype=torch.bool)).any()
+
+
 # --- running statistics of each prompt --------------------------------------------------------------------
 
 

@@ -178,10 +178,10 @@ def normalise(
 ) -> Float[Tensor, "batch step"]:
     """Mean 0 and standard deviation 1 (variance divided by n - 1) over the real steps; masked ones get 0."""
     count = mask.count_nonzero()
-    real = torch.where(mask, advantage, 0.0)
-    centred = torch.where(mask, advantage - real.sum() / count.clamp(min=1), 0.0)
+    real = torch.where(mask, _precise(advantage), 0.0)  # equal advantages must give zero, not their rounding
+    centred = torch.where(mask, real - real.sum() / count.clamp(min=1), 0.0)
     deviation = (centred.square().sum() / (count - 1).clamp(min=1)).sqrt()
-    return centred / (deviation + epsilon)
+    return (centred / (deviation + epsilon)).to(advantage.dtype)
 
 
 class PromptStatistics:

@@ -87,7 +87,7 @@ def test_a_language_model_learns_to_echo(arm: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_nothing_is_learned_from_nothing(arm: str, tmp_path: Path) -> None:
-    """The controls: a rate of zero leaves the policy; a judge who likes everything equally teaches nothing."""
+    """The controls: a rate of zero leaves the policy; a judge who likes all equally teaches nothing."""
     slug, options = ARMS[arm]
     before, after = learn(slug, "bandit", tmp_path / "still", rounds=3, lr=0.0, **options)
     assert after == before
@@ -102,15 +102,17 @@ def test_a_larger_kl_weight_keeps_the_policy_closer(arm: str, tmp_path: Path) ->
         before, after = learn(arm, "bandit", tmp_path / str(kl), kl=kl)
         return after["expected"] - before["expected"]
 
-    assert gain(0.0) > gain(0.5) + 0.01 > gain(5.0) + 0.05
+    assert gain(0.0) > gain(2.0) + 0.1 > gain(20.0) + 0.15
 
 
 @pytest.mark.parametrize("kind", ["consistency", "diffusion"])
 def test_an_image_generator_learns_redness(kind: str, tmp_path: Path) -> None:
-    options = {"samples": 32, "update_batch": 8, "lr": 1e-2, "lora_rank": 0}
-    method: Any = (
-        RLCM(rounds=15, steps=3, **options) if kind == "consistency" else DDPO(rounds=25, steps=4, **options)
-    )
+    method: Any = {
+        "consistency": RLCM(rounds=10, samples=32, steps=3, update_batch=8, lr=1e-2, lora_rank=0),
+        "diffusion": DDPO(
+            rounds=20, samples=64, steps=3, update_batch=16, lr=3e-3, lora_rank=0, clip=0.2, guidance=1.0
+        ),
+    }[kind]
     policy, judge = image_policy(kind), FunctionReward(redness)
     spare = Role("untrained", image_policy(kind))
 
@@ -120,7 +122,7 @@ def test_an_image_generator_learns_redness(kind: str, tmp_path: Path) -> None:
 
     actor = train(method, policy, Denoisings(WORDS, seed=1), judge, tmp_path)
     trained, untrained = measure(actor), measure(spare)
-    assert trained.mean() > untrained.mean() + 0.1
+    assert trained.mean() > untrained.mean() + 0.08
 
 
 # --- one objective for every kind of policy ---------------------------------------------------------------
@@ -159,7 +161,7 @@ class Tapped:
     "objective", [ClippedSurrogate(0.1), policy_gradient.Reinforce()], ids=["clip", "reinforce"]
 )
 def test_an_objective_gives_every_kind_of_policy_the_same_gradient(objective: Any) -> None:
-    """With the same ratios and advantages the slope by each log-probability is the same to the last digits."""
+    """With the same ratios and advantages the slope by each log-probability is the same."""
     drift, advantage = (
         torch.tensor([[0.3], [0.05], [-0.3], [-0.02]]),
         torch.tensor([[1.0], [-2.0], [1.5], [0.5]]),

@@ -282,6 +282,22 @@ def test_half_precision_weights_keep_float32_latents(policy: DenoisingPolicy) ->
     assert policy.levels(torch.tensor(0)).dtype == torch.float32
 
 
+def test_many_rows_go_through_the_cpu_in_pieces(
+    policy: DenoisingPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traj = sample(policy)
+    whole, gradients = policy.log_prob(traj), []
+    for rows in (32, 3):
+        monkeypatch.setattr("guerdon.policies.denoising._CPU_ROWS", rows)
+        policy.zero_grad()
+        found = policy.log_prob(traj)
+        found.sum().backward()
+        close(found, whole)
+        gradients.append(policy.denoiser.conv_in.weight.grad.clone())
+    close(gradients[0], gradients[1], 1e-4)
+    close(sample(policy).log_prob, traj.log_prob)
+
+
 # --- what sampling depends on -----------------------------------------------------------------------------
 
 

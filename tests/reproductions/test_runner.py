@@ -100,11 +100,11 @@ def _good() -> runner.Results:
     return {
         "rlcm 30 s": {0: _figures(3.0, fast)},
         "rlcm 60 s": {0: swept},
-        "redness 60 s": {0: _figures(2.0, fast)},
-        "ddpo 90 s": {0: _figures(0.0, flat)},
+        "redness 90 s": {0: _figures(2.0, fast)},
+        "ddpo 60 s": {0: _figures(0.0, flat)},
         "shuffled 60 s": {0: _figures(-0.5, flat)},
         "kl 60 s": {0: _figures(1.7, fast, 0.97)},
-        "rebel 30 s": {0: _figures(3.0, fast)},
+        "rebel 20 s": {0: _figures(3.0, fast)},
     }
 
 
@@ -119,11 +119,11 @@ def test_rlcms_checks_cover_every_threshold_and_pass_on_good_figures() -> None:
     [
         ("rlcm 30 s", {"gain": 1.4}),
         ("rlcm 60 s", {"gain": 2.4}),
-        ("redness 60 s", {"gain": 1.4}),
+        ("redness 90 s", {"gain": 1.4}),
         ("shuffled 60 s", {"gain": 0.4}),
         ("kl 60 s", {"gain": 0.9}),
         ("kl 60 s", {"after": {"reward": 1.7, "reward_std": 1.0, "accuracy": 0.8}}),
-        ("ddpo 90 s", {"course": [[float(s), 0.5 * s, 1.0] for s in range(20)]}),
+        ("ddpo 60 s", {"course": [[float(s), 0.5 * s, 1.0] for s in range(20)]}),
         ("rlcm 60 s", {"steps": {"tuned 2": {"reward": 0.0}, "untuned 8": {"reward": 0.1}}}),
     ],
 )

@@ -36,13 +36,15 @@ from guerdon.batch import Trajectories, encode_text
 from guerdon.errors import ShapeError, UsageError
 from guerdon.policies import lora
 from guerdon.policies.base import Policy, masked
-from guerdon.policies.parallel import by_rows
 from guerdon.policies.schedule import NoiseSchedule, expand
 from guerdon.randomness import normal
 
 Reduction = Literal["sum", "mean"]
 _CACHE_BYTES = 128 * 2**20  # of encoded prompts
 _DECODE_ROWS = 16  # latents per call of a VAE, whose activations are far larger than the denoiser's
+# rows per call of the denoiser on a CPU: a layer's activations then stay in the cache (64 images of 16x16
+# on EPYC cores: 38 ms at once, 34 ms in two pieces on one thread; 26 and 20 ms on two threads)
+_CPU_ROWS = 32
 _HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
 
 
@@ -206,18 +208,17 @@ class DenoisingPolicy(Policy):
 
     def _denoise(self, state: Tensor, timestep: Tensor, condition: Tensor, **options: Tensor) -> Tensor:
         """The denoiser's raw output as float32, whatever precision it computes in."""
-        state, condition = state.to(self.dtype), condition.to(self.dtype)
-
-        def part(rows: slice) -> Tensor:
-            more = {name: value[rows] for name, value in options.items()}
-            return self.denoiser(
-                state[rows], timestep[rows], encoder_hidden_states=condition[rows], return_dict=False, **more
-            )[0].float()
-
+        arguments = {"sample": state.to(self.dtype), "timestep": timestep}
+        arguments |= {"encoder_hidden_states": condition.to(self.dtype), **options}
         compiled = getattr(self.denoiser, "_compiled_call_impl", None) is not None
-        if state.device.type != "cpu" or compiled:
-            return part(slice(None))
-        return by_rows(part, len(state))
+        if state.device.type != "cpu" or compiled or len(state) <= _CPU_ROWS:
+            return self.denoiser(**arguments, return_dict=False)[0].float()
+        pieces = zip(*(value.split(_CPU_ROWS) for value in arguments.values()), strict=True)
+        outputs = [
+            self.denoiser(**dict(zip(arguments, piece, strict=True)), return_dict=False)[0]
+            for piece in pieces
+        ]
+        return torch.cat(outputs).float()
 
     # -- sampling ----------------------------------------------------------------------------------------
 

@@ -25,13 +25,13 @@ SEEDS = 3
 THRESHOLDS = {
     "compressibility, gain after 30 s": 1.5,
     "compressibility, gain within 2 min (after 60 s)": 2.5,
-    "redness of the left half, gain within 2 min (after 60 s)": 1.5,
+    "redness of the left half, gain within 2 min (after 90 s)": 1.5,
     "DDPO's time to +1.5 over RLCM's": 2.0,
     "tuned 2 steps minus untuned 8 steps (sd)": 0.0,
     "shuffled rewards, gain after 60 s": 0.3,
     "prompts kept (kl), gain": 1.0,
     "prompts kept (kl), accuracy": 0.9,
-    "rebel objective, gain after 30 s": 1.0,
+    "rebel objective, gain after 20 s": 1.0,
 }
 KL = 0.2  # weight of the KL divergence in the arm that keeps the prompts
 NOTES = "See docs/results.md for how settings and thresholds were found."
@@ -95,13 +95,13 @@ def one_minute(seed: int, folder: Path) -> dict[str, Any]:
 
 
 def redness(seed: int, folder: Path) -> dict[str, Any]:
-    """RLCM for redness of the left half, 1 minute."""
-    return _train(seed, folder, 60, reward="redness")
+    """RLCM for redness of the left half, 90 seconds."""
+    return _train(seed, folder, 90, reward="redness")
 
 
 def ddpo(seed: int, folder: Path) -> dict[str, Any]:
-    """DDPO on the diffusion model: 20 steps, eta 1, guidance 3, the same loss and statistics, 90 seconds."""
-    return _train(seed, folder, 90, "ddpo")
+    """DDPO on the diffusion model: 20 steps, eta 1, guidance 3, the same loss and statistics, 1 minute."""
+    return _train(seed, folder, 60, "ddpo")
 
 
 def shuffled(seed: int, folder: Path) -> dict[str, Any]:
@@ -123,18 +123,18 @@ def prompts_kept(seed: int, folder: Path) -> dict[str, Any]:
 
 
 def rebel(seed: int, folder: Path) -> dict[str, Any]:
-    """The REBEL objective on the same trajectories, 30 seconds."""
-    return _train(seed, folder, 30, objective="rebel")
+    """The REBEL objective on the same trajectories, 20 seconds."""
+    return _train(seed, folder, 20, objective="rebel")
 
 
 ARMS = {
     "rlcm 30 s": half_minute,
     "rlcm 60 s": one_minute,
-    "redness 60 s": redness,
-    "ddpo 90 s": ddpo,
+    "redness 90 s": redness,
+    "ddpo 60 s": ddpo,
     "shuffled 60 s": shuffled,
     "kl 60 s": prompts_kept,
-    "rebel 30 s": rebel,
+    "rebel 20 s": rebel,
 }
 
 
@@ -158,9 +158,9 @@ def judge(results: Results) -> list[Check]:
 
     check("compressibility, gain after 30 s", "rlcm 30 s", lambda f: f["gain"])
     check("compressibility, gain within 2 min (after 60 s)", "rlcm 60 s", lambda f: f["gain"])
-    check("redness of the left half, gain within 2 min (after 60 s)", "redness 60 s", lambda f: f["gain"])
+    check("redness of the left half, gain within 2 min (after 90 s)", "redness 90 s", lambda f: f["gain"])
     name = "DDPO's time to +1.5 over RLCM's"
-    for seed, theirs in results.get("ddpo 90 s", {}).items():
+    for seed, theirs in results.get("ddpo 60 s", {}).items():
         ours = results.get("rlcm 60 s", {}).get(seed)
         if ours is None:
             continue
@@ -180,7 +180,7 @@ def judge(results: Results) -> list[Check]:
     check("shuffled rewards, gain after 60 s", "shuffled 60 s", lambda f: f["gain"], "<=")
     check("prompts kept (kl), gain", "kl 60 s", lambda f: f["gain"])
     check("prompts kept (kl), accuracy", "kl 60 s", lambda f: f["after"]["accuracy"])
-    check("rebel objective, gain after 30 s", "rebel 30 s", lambda f: f["gain"])
+    check("rebel objective, gain after 20 s", "rebel 20 s", lambda f: f["gain"])
     return checks
 
 
@@ -216,7 +216,7 @@ def draw(results: Results, path: Path) -> None:
 
     from guerdon.run.plots import PALETTE
 
-    arms = [a for a in ("rlcm 60 s", "kl 60 s", "rebel 30 s", "shuffled 60 s", "ddpo 90 s") if a in results]
+    arms = [a for a in ("rlcm 60 s", "kl 60 s", "rebel 20 s", "shuffled 60 s", "ddpo 60 s") if a in results]
     if not arms:
         arms = list(results)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.9), layout="constrained")

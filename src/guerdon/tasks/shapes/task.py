@@ -27,7 +27,7 @@ class Shapes(ImageTask):
             "steps": 4,
             "guidance": 3.0,
             "update_batch": 16,
-            "lr": 1e-3,
+            "lr": 1e-4,
             "lora_rank": 8,
             "lora_alpha": 8.0,
             "buffer_size": 32,
