@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from collections.abc import Iterator
+
+# The tests' models are small, and two threads on a busy machine wait for each other far longer than one works.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import jaxtyping

@@ -355,7 +355,7 @@ def test_published_defaults() -> None:
 def test_shuffled_rewards_are_an_arm_of_the_reproduction(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The negative control: the same rewards, given to the wrong pictures, and a threshold that it must miss."""
+    """The negative control: the same rewards, but given to the wrong pictures."""
     from guerdon.reproductions import rlcm
 
     (arm,) = [name for name in rlcm.ARMS if name.startswith("shuffled")]
@@ -379,13 +379,17 @@ def test_the_baseline_and_the_sweep_over_steps_are_arms_of_the_reproduction() ->
 
 
 def test_shuffled_rewards_teach_nothing_and_true_ones_do(tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
+    def shuffled(seed: int) -> Any:
+        generator = torch.Generator().manual_seed(seed)
 
-    def shuffled(images: Any, prompts: list[str]) -> Any:
-        return redness(images, prompts)[torch.randperm(len(prompts), generator=generator).numpy()]
+        def score(images: Any, prompts: list[str]) -> Any:
+            return redness(images, prompts)[torch.randperm(len(prompts), generator=generator).numpy()]
+
+        return score
 
     def gain(feedback: Any, name: str) -> float:
-        options: dict[str, Any] = {"rounds": 8, "samples": 32, "steps": 3, "lr": 1e-2, "lora_rank": 0}
+        """In standard deviations of the untrained model's reward."""
+        options: dict[str, Any] = {"rounds": 8, "samples": 32, "steps": 3, "lr": 3e-3, "lora_rank": 0}
         actor = run(tmp_path / name, feedback=FunctionReward(feedback), **options)
         scores = []
         for role in (actor, Role("untrained", image_policy())):
@@ -393,5 +397,7 @@ def test_shuffled_rewards_teach_nothing_and_true_ones_do(tmp_path: Path) -> None
             scores.append(torch.from_numpy(redness(traj.images.numpy(), traj.prompts)))
         return float((scores[0].mean() - scores[1].mean()) / scores[1].std())
 
-    assert gain(redness, "true") > 1.0
-    assert gain(shuffled, "shuffled") < 0.5
+    learned = gain(redness, "true")
+    drifted = sum(gain(shuffled(seed), f"shuffled {seed}") for seed in range(4)) / 4
+    assert learned > 2.0
+    assert abs(drifted) < learned / 3  # such a small model drifts, but nowhere in particular
