@@ -22,7 +22,7 @@ from guerdon import launch  # noqa: E402
 from guerdon.run import checkpoint  # noqa: E402
 from guerdon.tasks.shapes.task import Shapes  # noqa: E402
 
-ROUNDS = 14
+ROUNDS = 24
 # a model given by path is measured on few samples, which keeps the children short
 SETTINGS = {
     "rounds": ROUNDS,
@@ -93,7 +93,7 @@ def main() -> None:
     moments = []
     for kill in range(kills):
         work = begin_or_resume(runs, "killed")
-        if kill in (2, 6):
+        if kill in (1, 3):
             marker = runs / f"marker-{kill}"
             pid = fork(stuck_in_write(marker, 2, work))
             while not marker.exists():
@@ -103,8 +103,8 @@ def main() -> None:
             moments.append("in a checkpoint")
         else:
             pid = fork(work)
-            # spread over the remaining work, so that late moments are met as well as early ones
-            delay = chance.uniform(0.05, 0.6) * duration
+            # short of a whole run, so that each resume finds something left to do
+            delay = chance.uniform(0.05, 0.35) * duration
             time.sleep(delay)
             moments.append(f"{delay:.2f} s")
         os.kill(pid, signal.SIGKILL)

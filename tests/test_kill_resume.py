@@ -33,7 +33,7 @@ def test_ten_kills_two_of_them_inside_a_checkpoint_write(tmp_path: Path) -> None
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert len(found["moments"]) == 10
     assert found["moments"].count("in a checkpoint") == 2
-    assert found["records"] == 14
+    assert found["records"] == 24
     assert all(found["same"].values()), found
 
 

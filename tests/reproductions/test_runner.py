@@ -148,10 +148,10 @@ def test_tables_are_made_from_results(tmp_path: Path) -> None:
         "machine": {"gpu": None, "cores": 2, "cpu": "a CPU", "torch": "2", "python": "3.11"},
     }
     (tmp_path / "toy.json").write_text(json.dumps(record))
-    text = "before\n<!-- results: toy -->\nold\n<!-- end -->\nafter <!-- results: none -->\n<!-- end -->"
+    text = "before\n<!-- results: toy -->\nstale text\n<!-- end -->\nafter <!-- results: none -->\n<!-- end -->"
     filled = tables.fill(text, tmp_path)
     assert "| rlcm | +2 |" in filled
-    assert "old" not in filled
+    assert "stale text" not in filled
     assert "The claim holds." in filled
     assert "not measured yet" in filled
     assert tables.fill(filled, tmp_path) == filled

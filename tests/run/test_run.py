@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import sys
 import signal
 import statistics
 import threading
@@ -391,7 +392,10 @@ def test_records_without_a_checkpoint_are_not_thrown_away(tmp_path: Path) -> Non
     assert len(read_metrics(tmp_path / "run")) == 2
 
 
-def test_checkpoints_come_by_steps_or_by_seconds_and_at_the_end(tmp_path: Path) -> None:
+def test_checkpoints_come_by_steps_or_by_seconds_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules[Run.__module__]
     def saved(name: str, **options: Any) -> list[int]:
         with make(tmp_path / name, keep=100, **options) as run:
             for _ in run.steps(7):
@@ -400,7 +404,10 @@ def test_checkpoints_come_by_steps_or_by_seconds_and_at_the_end(tmp_path: Path) 
 
     assert saved("steps", checkpoint_steps=3) == [0, 3, 6, 7]
     assert saved("rare", checkpoint_every=1000.0) == [0, 7]
+    monkeypatch.setattr(module, "_SHARE", 0)
     assert saved("always", checkpoint_every=0.0) == [0, 1, 2, 3, 4, 5, 6, 7]
+    monkeypatch.setattr(module, "_SHARE", 1e9)  # writing one takes so long that few may be written
+    assert saved("costly", checkpoint_every=0.0) == [0, 7]
 
 
 def test_how_often_checkpoints_are_made_is_not_seen_in_the_random_numbers(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ class Task(abc.ABC):
 
     def critic(self, policy: Policy) -> nn.Module:
         """A fresh critic that can judge the policy's states. Raises `UsageError` if the task has none."""
-        raise UsageError(f"task '{self.name}' has no critic for a {policy.kind} policy; use --critic false")
+        raise UsageError(f"task '{self.name}' has no critic for a {policy.kind} policy; use --no-critic")
 
     @abc.abstractmethod
     def experience(self, seed: int) -> Prompted:
