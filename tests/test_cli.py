@@ -19,6 +19,7 @@ from PIL import Image
 from guerdon import __version__, catalog
 from guerdon.cli import main
 from guerdon.tasks import TASKS, images
+from guerdon.tasks.shapes.task import Shapes
 
 
 class Said(NamedTuple):
@@ -187,6 +188,11 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         [*TOKENS, "--model", "./nowhere", "--reward", "echo"],
         ["no language model at './nowhere'"],
     ),
+    "missing table": ([*BANDIT, "--model", "./nowhere"], ["no table of a categorical policy at './nowhere'"]),
+    "model of another kind": (
+        ["train", "rlcm", "--model", str(Shapes.fixtures / "diffusion")],
+        ["'rlcm' trains a consistency policy, but the model at", "is a diffusion policy"],
+    ),
     "model without reward": ([*TOKENS, "--model", "./nowhere"], ["needs a reward of your own: --reward"]),
     "missing prompts": ([*TOKENS, "--prompts", "none.txt"], ["none.txt: cannot be read (No such file"]),
     "prompts that do not apply": ([*BANDIT, "--prompts", "none.txt"], ["--prompts does not apply"]),
@@ -206,6 +212,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "samples": ([*BANDIT, "--samples", "0"], ["cannot collect 0 trajectories"]),
     "clip": ([*BANDIT, "--clip=-1"], ["clip is -1.0; it must not be negative"]),
     "learning rate": ([*BANDIT, "--lr", "nan"], ["the learning rate is nan"]),
+    "group": (["train", "grpo", "--task", "bandit", "--group-size", "1"], ["group_size is 1; an answer"]),
     "steps": (["train", "rlcm", "--steps", "1"], ["steps is 1; the last step is no action"]),
     "checkpoint steps": ([*BANDIT, "--checkpoint-steps", "0"], ["checkpoint_steps is 0"]),
     "resume nothing": (["resume", "runs/none"], ["runs/none holds no run", "no config.json"]),
@@ -249,7 +256,7 @@ def test_prompts_that_cannot_be_read(task: str, content: bytes, words: list[str]
         ('{"prompt": "a"}\n{"text": "b"}\n', ["prompts.jsonl, row 2: no column 'prompt' (it has: text)"]),
         ('{"prompt": "a"}\nnot json\n', ["prompts.jsonl, row 2: not a JSON object"]),
         ('{"prompt": 3}\n', ["prompts.jsonl, row 1, column 'prompt': expected a text, found int"]),
-        ('{"prompt": "half \\ud83d"}\n', ["'half \\ud83d' is no valid Unicode"]),
+        ('{"prompt": "half \\ud83d"}\n', ["prompts.jsonl, row 1, column 'prompt': no valid Unicode"]),
     ],
     ids=["column", "json", "type", "unicode"],
 )
@@ -486,6 +493,26 @@ def test_evaluate_prints_a_table(trained: Path, guerdon: Guerdon) -> None:
     for line, label in ((before, "before"), (after, "after")):
         assert [float(x) for x in line[1:]] == pytest.approx(list(result[label].values()), rel=1e-3)
     assert guerdon("evaluate", trained, "--steps", "x").status == 2
+
+
+def test_a_run_on_a_python_function_is_not_measured_by_another_reward(guerdon: Guerdon) -> None:
+    from guerdon import launch
+
+    def second(actions: Any, prompts: list[str]) -> Any:
+        return [float(a[0] == 1) for a in actions]
+
+    result = launch.train("reinforce", "bandit", rounds=30, reward=second, progress=False)
+    assert result.after["reward"] > 0.6
+    assert guerdon("sample", "runs/reinforce-1", "--prompt", "north").status == 0
+    for command in ("evaluate", "resume"):
+        said = guerdon(command, "runs/reinforce-1")
+        assert said.status == 2
+        assert "function 'second'" in said.err
+        assert said.err.count("\n") == 1
+    metrics = Path("runs/reinforce-1/metrics.jsonl").read_text()
+    again = launch.resume("runs/reinforce-1", progress=False, reward=second)
+    assert again.after == result.after
+    assert Path("runs/reinforce-1/metrics.jsonl").read_text() == metrics
 
 
 @pytest.fixture(scope="module")

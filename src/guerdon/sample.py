@@ -14,6 +14,7 @@ from guerdon.errors import UsageError
 from guerdon.policies.pretrained import load_policy
 from guerdon.randomness import row_seeds
 from guerdon.roles import Role
+from guerdon.run.config import read_config
 
 
 def _steps(text: str) -> list[int]:
@@ -81,7 +82,7 @@ def sample(folder: str, options: Any) -> Iterator[str]:
                 yield json.dumps({"prompt": prompt, "text": text} | ({"model": label} if label else {}))
     else:
         for label, traj in made:
-            actions = outputs["action"].tolist() if outputs is not None else []
+            actions = traj.outputs["action"].tolist() if traj.outputs is not None else []
             for prompt, action in zip(traj.prompts, actions, strict=True):
                 yield json.dumps({"prompt": prompt, "action": action} | ({"model": label} if label else {}))
 
@@ -92,6 +93,12 @@ def evaluate(folder: str, options: Any) -> Iterator[str]:
     steps = _steps(options.steps)
     if not (Path(folder) / "config.json").is_file():
         raise UsageError(f"there is no run at {folder}")
+    function = read_config(folder)["config"].get("function")
+    if function:
+        raise UsageError(
+            f"{folder} was trained on the Python function '{function}', which its folder does not hold; "
+            "measure it from Python, with guerdon.launch.load"
+        )
     trained = launch.load(folder, device=options.device)
     untrained = launch.load(folder, untrained=True, device=options.device)
     header: list[str] | None = None

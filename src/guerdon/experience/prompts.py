@@ -67,6 +67,11 @@ def _column(path: Path, row: int, line: str, column: str) -> str:
         raise DataError(
             f"{path}, row {row}, column '{column}': expected a text, found {type(values[column]).__name__}"
         )
+    if not values[column].isascii():
+        try:
+            values[column].encode("utf-8")
+        except UnicodeEncodeError as error:  # half a surrogate pair, which JSON's escapes can write
+            raise DataError(f"{path}, row {row}, column '{column}': no valid Unicode ({error.reason})") from error
     return values[column]
 
 

@@ -79,11 +79,16 @@ class CategoricalTable(Policy):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> CategoricalTable:
-        """Read what `save_pretrained` wrote."""
+        """Read what `save_pretrained` wrote. Raises `UsageError` when there is no such model."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        logits = load_file(str(Path(folder) / "model.safetensors"))["logits"]
-        policy = cls(config["contexts"], logits.shape[1])
-        policy.logits.data.copy_(logits)
+        try:
+            config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+            logits = load_file(str(Path(folder) / "model.safetensors"))["logits"]
+            policy = cls(config["contexts"], logits.shape[1])
+            policy.logits.data.copy_(logits)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UsageError(f"no table of a categorical policy at '{folder}': {reason}") from error
         return policy

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guerdon.credit import group_relative
+from guerdon.errors import UsageError
 from guerdon.experience.prompts import Prompted
 from guerdon.feedback.base import Feedback
 from guerdon.objectives.policy_gradient import ClippedSurrogate
@@ -34,6 +35,10 @@ class GRPO:
     lora_alpha: float = 8.0  # the adapter's output is scaled by alpha / rank
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this
     micro_batch: int | None = None  # answers a forward and backward pass
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise UsageError(f"group_size is {self.group_size}; an answer is compared with others: at least 2")
 
     def roles(self) -> dict[str, RoleSettings]:
         """How the actor is held and trained."""
