@@ -7,7 +7,7 @@ import sys
 import types
 from collections.abc import Iterator
 
-# The tests' models are small, and two threads on a busy machine wait for each other far longer than one works.
+# The tests' models are small; on a busy machine two threads wait for each other far longer than one works.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis

@@ -89,7 +89,9 @@ def _check_finite(owner: str, name: str, value: Tensor | None, mask: Tensor | No
         bad &= mask
     if bool(bad.any()):
         where = bad.nonzero()[0].tolist()
-        raise ShapeError(f"{owner}.{name} is {value[tuple(where)].item()} at {where}; it must be finite on real steps")
+        raise ShapeError(
+            f"{owner}.{name} is {value[tuple(where)].item()} at {where}; it must be finite on real steps"
+        )
 
 
 def _check_mask(owner: str, mask: Tensor) -> None:
@@ -180,7 +182,9 @@ def _checked(cls: type[Self]) -> type[Self]:
         given = dict(zip(order, args, strict=False)) | {k: v for k, v in kwargs.items() if k in order}
         sized = {k: v for k, v in given.items() if isinstance(v, (Tensor, TensorDictBase, Batch)) and v.ndim}
         for name, value in given.items():
-            _want(not isinstance(value, Tensor) or value.ndim > 0, f"{cls.__name__}.{name} is a single number")
+            _want(
+                not isinstance(value, Tensor) or value.ndim > 0, f"{cls.__name__}.{name} is a single number"
+            )
         if "batch_size" not in kwargs:
             leading = [v for v in sized.values() if not isinstance(v, TensorDictBase)] or list(sized.values())
             kwargs["batch_size"] = [leading[0].shape[0]] if leading else []
@@ -469,7 +473,8 @@ class Segments(Batch):
         """Raise `ShapeError` if a field does not fit."""
         owner = type(self).__name__
         _want(
-            self.reward.ndim == 2, f"{owner}.reward has shape {list(self.reward.shape)}, expected two axes [B, T]"
+            self.reward.ndim == 2,
+            f"{owner}.reward has shape {list(self.reward.shape)}, expected two axes [B, T]",
         )
         shape = tuple(self.reward.shape)
         _check_steps(owner, "reward", self.reward, shape, "float")

@@ -86,7 +86,9 @@ def main(argv: list[str] | None = None) -> int:
 # --- parsing ----------------------------------------------------------------------------------------------
 
 
-def _parse(kind: type, args: list[str], prog: str, default: Any = None, description: str | None = None) -> Any:
+def _parse(
+    kind: type, args: list[str], prog: str, default: Any = None, description: str | None = None
+) -> Any:
     """``args`` as an instance of the dataclass ``kind``. An unknown option is a `UsageError` that offers the
     nearest; a bad value is tyro's message and exit status 2."""
     import tyro
@@ -176,11 +178,7 @@ def _fields(owner: type, defaults: Any) -> list[Any]:
     for f in dataclasses.fields(owner):
         value = getattr(defaults, f.name)
         kind = typing.Annotated[hints[f.name], tyro.conf.arg(help=texts.get(f.name, ""))]
-        default = (
-            dataclasses.field(default_factory=lambda value=value: list(value))
-            if isinstance(value, list)
-            else dataclasses.field(default=value)
-        )
+        default = dataclasses.field(default=value)
         fields.append((f.name, kind, default))
     return fields
 
@@ -225,7 +223,7 @@ def _resume(args: list[str]) -> int:
 class SampleOptions:
     """What ``guerdon sample`` takes."""
 
-    prompt: list[str] = dataclasses.field(default_factory=list)  # one or more prompts; by default some of the task's
+    prompt: tuple[str, ...] = ()  # one or more prompts; by default some of the task's
     steps: str = ""  # sampling steps, comma-separated for a row each, such as 1,2,4,8
     count: int = 1  # samples of each prompt
     seed: int = 0  # of the noise

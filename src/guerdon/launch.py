@@ -275,7 +275,9 @@ def resume(folder: str | Path, *, progress: bool = True, reward: Callable[..., A
     try:
         method = method_class(config["method"])(**config["options"])
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}/config.json does not describe a run that this version knows: {error}") from error
+        raise CheckpointError(
+            f"{folder}/config.json does not describe a run that this version knows: {error}"
+        ) from error
     if config.get("function") and reward is None:
         raise UsageError(f"{folder} was trained on the function '{config['function']}'; pass it as reward=")
     return _launch(Path(folder), config, method, content["seed"], progress, reward, again=True)
@@ -298,7 +300,9 @@ def _launch(
     again: bool,
 ) -> Result:
     if not again and (folder / "config.json").exists():
-        raise UsageError(f"{folder} already holds a run; continue it with 'guerdon resume {folder}', or take another --name")
+        raise UsageError(
+            f"{folder} already holds a run; continue it with 'guerdon resume {folder}', or take another --name"
+        )
     overrides = {"precision": config.get("precision"), "compile": config.get("compile")}
     engine = _engine(config["engine"], config["device"], config["threads"], overrides)
     try:
@@ -376,7 +380,9 @@ def _plots(folder: Path, records: list[dict[str, Any]]) -> list[str]:
     written = []
     keys = [key for key in ("reward", "accuracy") if records and key in records[0]]
     if len(records) > 1 and keys:
-        written.append(str(curves(records, keys, folder / "curves.png", names={"accuracy": "prompt accuracy"})))
+        written.append(
+            str(curves(records, keys, folder / "curves.png", names={"accuracy": "prompt accuracy"}))
+        )
     if len(keys) == 2 and len(records) > 1:
         path = folder / "reward_accuracy.png"
         written.append(str(against_each_other(records, *keys, path, names={"accuracy": "prompt accuracy"})))

@@ -35,7 +35,9 @@ class Optimiser:
         if not (math.isfinite(self.lr) and self.lr >= 0):
             raise UsageError(f"the learning rate is {self.lr}; it must be a number that is not negative")
         if self.schedule not in get_args(Schedule):
-            raise UsageError(f"unknown schedule '{self.schedule}'; {nearest(self.schedule, get_args(Schedule))}")
+            raise UsageError(
+                f"unknown schedule '{self.schedule}'; {nearest(self.schedule, get_args(Schedule))}"
+            )
         if self.schedule != "constant" and self.total <= 0:
             raise UsageError(f"the '{self.schedule}' schedule needs total > 0 updates")
 
@@ -62,9 +64,7 @@ class Adam(Optimiser):
     weight_decay: float = 0.0
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(
-            parameters, self.lr, self.betas, self.eps, self.weight_decay, fused=True
-        )
+        return torch.optim.Adam(parameters, self.lr, self.betas, self.eps, self.weight_decay, fused=True)
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,7 @@ class AdamW(Optimiser):
     weight_decay: float = 0.0
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            parameters, self.lr, self.betas, self.eps, self.weight_decay, fused=True
-        )
+        return torch.optim.AdamW(parameters, self.lr, self.betas, self.eps, self.weight_decay, fused=True)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,9 @@ def normal(seeds: Tensor | Sequence[int], shape: Sequence[int], device: torch.de
     return rows.to(device)
 
 
-def uniform(seeds: Tensor | Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+def uniform(
+    seeds: Tensor | Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"
+) -> Tensor:
     """``[N, *shape]`` uniform numbers in [0, 1); row ``i`` depends on ``seeds[i]`` alone."""
     generator = torch.Generator()
     rows = torch.empty((len(seeds), *shape))

@@ -82,7 +82,11 @@ class Role:
     """
 
     def __init__(
-        self, name: str, model: nn.Module, settings: RoleSettings | None = None, device: torch.device | str = "cpu"
+        self,
+        name: str,
+        model: nn.Module,
+        settings: RoleSettings | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.name = name
         self.settings = settings or RoleSettings()
@@ -105,9 +109,13 @@ class Role:
         else:
             core.requires_grad_(True)
         if self.settings.checkpoint_activations:
-            if not hasattr(core, "gradient_checkpointing_enable") and not hasattr(core, "enable_gradient_checkpointing"):
+            if not hasattr(core, "gradient_checkpointing_enable") and not hasattr(
+                core, "enable_gradient_checkpointing"
+            ):
                 raise UsageError(f"{name}: {type(core).__name__} cannot checkpoint activations")
-            getattr(core, "gradient_checkpointing_enable", getattr(core, "enable_gradient_checkpointing", None))()
+            getattr(
+                core, "gradient_checkpointing_enable", getattr(core, "enable_gradient_checkpointing", None)
+            )()
         if self.settings.compile:
             core.compile()
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -279,15 +287,23 @@ class Role:
         rows, steps = self.settings.micro_batch, self.settings.micro_steps
         if not isinstance(batch, Batch) or (rows is None and steps is None):
             return [batch]
-        parts: list[Any] = [batch] if rows is None or rows >= batch.batch_size[0] else list(batch.minibatches(rows))
+        parts: list[Any] = (
+            [batch] if rows is None or rows >= batch.batch_size[0] else list(batch.minibatches(rows))
+        )
         if steps is None or not isinstance(batch, Trajectories) or steps >= batch.steps:
             return parts
         if not getattr(self.model, "markov", False):
-            raise UsageError(f"'{self.name}': the steps of {type(self.model).__name__} cannot be split (micro_steps)")
+            raise UsageError(
+                f"'{self.name}': the steps of {type(self.model).__name__} cannot be split (micro_steps)"
+            )
         if getattr(objective, "reduction", None) not in ("step", "constant"):
-            raise UsageError("micro_steps needs an objective that treats steps apart (reduction 'step' or 'constant')")
+            raise UsageError(
+                "micro_steps needs an objective that treats steps apart (reduction 'step' or 'constant')"
+            )
         return [
-            part.select_steps(start, start + steps) for part in parts for start in range(0, batch.steps, steps)
+            part.select_steps(start, start + steps)
+            for part in parts
+            for start in range(0, batch.steps, steps)
         ]
 
     # -- relatives -----------------------------------------------------------------------------------------
@@ -321,7 +337,9 @@ class Role:
             twin._parameters, twin._optimiser = [], None
         else:
             twin._parameters = [p for p in model.parameters() if p.requires_grad]
-            twin._optimiser = self.settings.optimiser.build(twin._parameters) if self.settings.optimiser else None
+            twin._optimiser = (
+                self.settings.optimiser.build(twin._parameters) if self.settings.optimiser else None
+            )
         # its weights are not the initial ones: a checkpoint must hold them, and its own frozen copies too
         twin._changed = self._changed or self.updates > 0
         return twin
@@ -330,7 +348,9 @@ class Role:
         """Move this role's weights towards ``other``'s: ``w <- w + tau (w_other - w)``; buffers are copied.
         ``tau=1`` makes them equal."""
         if self._adapter_off:
-            raise UsageError(f"'{self.name}' is '{other.name}' with its adapter off; it cannot follow another role")
+            raise UsageError(
+                f"'{self.name}' is '{other.name}' with its adapter off; it cannot follow another role"
+            )
         with torch.no_grad():
             mine, theirs = list(_core(self.model).parameters()), list(_core(other.model).parameters())
             pairs = [(m, t) for m, t in zip(mine, theirs, strict=True) if m is not t]

@@ -22,7 +22,9 @@ def _steps(text: str) -> list[int]:
     try:
         steps = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise UsageError(f"--steps '{text}': expected whole numbers separated by commas, such as 1,2,4,8") from None
+        raise UsageError(
+            f"--steps '{text}': expected whole numbers separated by commas, such as 1,2,4,8"
+        ) from None
     if any(n < 1 for n in steps):
         raise UsageError(f"--steps '{text}': a sampler takes at least one step")
     return steps
@@ -34,7 +36,10 @@ def _actors(folder: str, untrained: bool, device: str) -> tuple[list[tuple[str, 
         trained = launch.load(folder, device=device)
         actors = [("", trained.actor)]
         if untrained:
-            actors = [("before", launch.load(folder, untrained=True, device=device).actor), ("after", trained.actor)]
+            actors = [
+                ("before", launch.load(folder, untrained=True, device=device).actor),
+                ("after", trained.actor),
+            ]
         return actors, trained.sampling, trained
     if untrained:
         raise UsageError(f"{folder} is a model, not a run, so it has no untrained form")
@@ -70,7 +75,9 @@ def sample(folder: str, options: Any) -> Iterator[str]:
     if outputs is not None and "image" in outputs:
         from guerdon.evaluation.pictures import grid
 
-        picture = grid([traj.images.cpu() for _, traj in made], labels=[label for label, _ in made], captions=rows)
+        picture = grid(
+            [traj.images.cpu() for _, traj in made], labels=[label for label, _ in made], captions=rows
+        )
         try:
             picture.save(options.out)
         except (OSError, ValueError) as error:
@@ -108,6 +115,8 @@ def evaluate(folder: str, options: Any) -> Iterator[str]:
             figures = loaded.task.measure(loaded.actor, loaded.feedback, **sampling).figures
             if header is None:
                 header = list(figures)
-                yield f"{'steps':>6}  {'model':<7}" + "".join(f"  {name:>{max(len(name), 8)}}" for name in header)
+                yield f"{'steps':>6}  {'model':<7}" + "".join(
+                    f"  {name:>{max(len(name), 8)}}" for name in header
+                )
             shown = "".join(f"  {figures[name]:>{max(len(name), 8)}.4g}" for name in header)
             yield f"{number or '':>6}  {label:<7}{shown}"

@@ -135,20 +135,26 @@ def test_every_one_of_rlcms_checks_can_fail(arm: str, change: dict[str, Any]) ->
 
 def test_seconds_to_a_level_waits_for_the_mean_of_several_rounds() -> None:
     course = [[float(s), 10.0 if s == 3 else 0.0 if s < 10 else 1.0, 1.0] for s in range(20)]
-    assert rlcm.seconds_to(_figures(0.0, course), 0.9, window=5) == 3.0 + 1.0  # one outlier of ten counts for its mean
+    assert (
+        rlcm.seconds_to(_figures(0.0, course), 0.9, window=5) == 3.0 + 1.0
+    )  # one outlier of ten counts for its mean
     assert rlcm.seconds_to(_figures(0.0, course), 3.0, window=5) == float("inf")
 
 
 def test_tables_are_made_from_results(tmp_path: Path) -> None:
     record = {
         "table": [["arm", "gain"], ["rlcm", "+2"]],
-        "checks": [{"name": "gain", "value": 2.0, "sense": ">=", "threshold": 1.5, "seed": 0, "passed": True}],
+        "checks": [
+            {"name": "gain", "value": 2.0, "sense": ">=", "threshold": 1.5, "seed": 0, "passed": True}
+        ],
         "holds": True,
         "date": "2026-01-01",
         "machine": {"gpu": None, "cores": 2, "cpu": "a CPU", "torch": "2", "python": "3.11"},
     }
     (tmp_path / "toy.json").write_text(json.dumps(record))
-    text = "before\n<!-- results: toy -->\nstale text\n<!-- end -->\nafter <!-- results: none -->\n<!-- end -->"
+    text = (
+        "before\n<!-- results: toy -->\nstale text\n<!-- end -->\nafter <!-- results: none -->\n<!-- end -->"
+    )
     filled = tables.fill(text, tmp_path)
     assert "| rlcm | +2 |" in filled
     assert "stale text" not in filled
@@ -168,5 +174,3 @@ def test_catalog_rows_that_are_ready_and_have_a_paper_have_an_experiment() -> No
     for system in catalog.systems(status="ready"):
         if system.paper is not None:
             assert runner.find(system.slug).THRESHOLDS
-
-

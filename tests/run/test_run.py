@@ -6,9 +6,9 @@ import json
 import math
 import os
 import random
-import sys
 import signal
 import statistics
+import sys
 import threading
 import time
 from pathlib import Path
@@ -396,6 +396,7 @@ def test_checkpoints_come_by_steps_or_by_seconds_and_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = sys.modules[Run.__module__]
+
     def saved(name: str, **options: Any) -> list[int]:
         with make(tmp_path / name, keep=100, **options) as run:
             for _ in run.steps(7):

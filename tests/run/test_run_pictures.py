@@ -12,8 +12,8 @@ from PIL import Image, ImageFont
 from toy_training import ToyEngine
 
 from guerdon.errors import DataError, ShapeError, UsageError
-from guerdon.run import Run
 from guerdon.evaluation.pictures import grid, wrap
+from guerdon.run import Run
 from guerdon.run.plots import PALETTE, _moving, against_each_other, curves
 
 

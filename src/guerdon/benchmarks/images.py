@@ -58,7 +58,9 @@ def _uint8(pixels: Tensor) -> Tensor:
     return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def _plain_consistency(policy: ConsistencyPolicy, network: nn.Module, prompts: list[str]) -> Callable[[], Any]:
+def _plain_consistency(
+    policy: ConsistencyPolicy, network: nn.Module, prompts: list[str]
+) -> Callable[[], Any]:
     """The loop of diffusers' latent consistency pipeline, pictures as latents."""
     scheduler = _lcm_scheduler()
 
@@ -77,7 +79,9 @@ def _plain_consistency(policy: ConsistencyPolicy, network: nn.Module, prompts: l
     return sample
 
 
-def _plain_diffusion(policy: DiffusionPolicy, network: nn.Module, prompts: list[str], steps: int) -> Callable[[], Any]:
+def _plain_diffusion(
+    policy: DiffusionPolicy, network: nn.Module, prompts: list[str], steps: int
+) -> Callable[[], Any]:
     """The loop of diffusers' Stable Diffusion pipeline with classifier-free guidance, pictures as latents."""
     from diffusers import DDIMScheduler
 
@@ -189,7 +193,9 @@ def _small_pipeline(folder: Path) -> Any:
     return pipeline
 
 
-def _training(policy: ConsistencyPolicy, plain: nn.Module, prompts: list[str]) -> tuple[Callable[[], Any], ...]:
+def _training(
+    policy: ConsistencyPolicy, plain: nn.Module, prompts: list[str]
+) -> tuple[Callable[[], Any], ...]:
     """One RLCM update of 16 pictures by a role, and by the plain loop that RLCM's own code has in spirit:
     network, scheduler arithmetic, ratio, clipping, Adam."""
     traj = policy.sample(prompts[:16], row_seeds(0, 0, 16), steps=_STEPS, guidance=_GUIDANCE)
@@ -214,7 +220,9 @@ def _training(policy: ConsistencyPolicy, plain: nn.Module, prompts: list[str]) -
         scaled = times.view(-1, 1, 1, 1) * 10.0
         clean = 0.25 / (scaled**2 + 0.25) * state + scaled / (scaled**2 + 0.25).sqrt() * clean
         variance = 1 - after
-        log_prob = -((following - after.sqrt() * clean) ** 2) / (2 * variance) - variance.sqrt().log() - 0.9189385
+        log_prob = (
+            -((following - after.sqrt() * clean) ** 2) / (2 * variance) - variance.sqrt().log() - 0.9189385
+        )
         ratio = (log_prob.mean((1, 2, 3)) - old).exp()
         loss = torch.maximum(-gain * ratio, -gain * ratio.clamp(1 - 1e-4, 1 + 1e-4)).mean()
         optimiser.zero_grad()
@@ -257,11 +265,21 @@ def run() -> list[dict[str, Any]]:
     def denoise() -> Any:
         return diffusion.sample(prompts, seeds, steps=20, eta=1.0, guidance=_GUIDANCE)
 
-    a, b = take_turns((denoise, _plain_diffusion(diffusion, diffusion.denoiser, prompts, 20)), rounds=4, warm_up=1)
+    a, b = take_turns(
+        (denoise, _plain_diffusion(diffusion, diffusion.denoiser, prompts, 20)), rounds=4, warm_up=1
+    )
     rows.append(row("diffusion, 64 pictures, 20 guided steps, same network", a, "diffusers' loop", b, None))
-    a, b = take_turns((denoise, _plain_diffusion(diffusion, _same_size_unet(None), prompts, 20)), rounds=4, warm_up=1)
+    a, b = take_turns(
+        (denoise, _plain_diffusion(diffusion, _same_size_unet(None), prompts, 20)), rounds=4, warm_up=1
+    )
     rows.append(
-        row("diffusion, 64 pictures, 20 guided steps, shipped model", a, "diffusers' UNet of its size", b, SAMPLING)
+        row(
+            "diffusion, 64 pictures, 20 guided steps, shipped model",
+            a,
+            "diffusers' UNet of its size",
+            b,
+            SAMPLING,
+        )
     )
 
     with tempfile.TemporaryDirectory() as folder:
@@ -275,7 +293,9 @@ def run() -> list[dict[str, Any]]:
             return loaded.sample(prompts, seeds, steps=_STEPS, guidance=_GUIDANCE)
 
         a, b = take_turns((through, piped), rounds=10)
-        rows.append(row("small latent consistency pipeline, 64 pictures, 4 steps", a, "diffusers' pipeline", b, None))
+        rows.append(
+            row("small latent consistency pipeline, 64 pictures, 4 steps", a, "diffusers' pipeline", b, None)
+        )
 
     a, b = take_turns(_training(policy, other.denoiser, prompts), rounds=15)
     rows.append(row("RLCM update, 16 pictures x 3 steps, same network", a, "plain loop", b, TRAINING))

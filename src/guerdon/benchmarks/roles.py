@@ -34,11 +34,15 @@ class _Mlp(Policy):
             nn.Linear(observations, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, actions)
         )
 
-    def sample(self, prompts: Sequence[str], seeds: Tensor, group: Tensor | None = None, **options: Any) -> Trajectories:
+    def sample(
+        self, prompts: Sequence[str], seeds: Tensor, group: Tensor | None = None, **options: Any
+    ) -> Trajectories:
         raise NotImplementedError
 
     def distribution(self, traj: Trajectories) -> TensorDict:
-        return TensorDict({"logits": self.net(traj.inputs["step", "observation"])}, batch_size=traj.mask.shape)
+        return TensorDict(
+            {"logits": self.net(traj.inputs["step", "observation"])}, batch_size=traj.mask.shape
+        )
 
     def log_prob(self, traj: Trajectories, distribution: TensorDict | None = None) -> Tensor:
         logits = self.net(traj.inputs["step", "observation"])
@@ -112,7 +116,11 @@ def _language() -> tuple[Callable[[], Any], Callable[[], Any]]:
     attention = torch.ones(rows, prompt + answer, dtype=torch.int64)
 
     def loss() -> Tensor:
-        logits = other(input_ids=tokens, attention_mask=attention, use_cache=False).logits[:, prompt - 1 : -1].float()
+        logits = (
+            other(input_ids=tokens, attention_mask=attention, use_cache=False)
+            .logits[:, prompt - 1 : -1]
+            .float()
+        )
         chosen = logits.gather(-1, tokens[:, prompt:, None]).squeeze(-1) - logits.logsumexp(-1)
         return _surrogate(chosen, old, advantage)
 
@@ -130,7 +138,14 @@ def run() -> list[dict[str, Any]]:
         torch.set_num_threads(found)
         ours, bare = take_turns(_language(), inner=5, rounds=15)
         rows.append(
-            row("Role.update, 2-layer 128-wide LM, 16 x 48 tokens", ours, "bare PyTorch step", bare, TARGET, "<=")
+            row(
+                "Role.update, 2-layer 128-wide LM, 16 x 48 tokens",
+                ours,
+                "bare PyTorch step",
+                bare,
+                TARGET,
+                "<=",
+            )
         )
     finally:
         torch.set_num_threads(found)

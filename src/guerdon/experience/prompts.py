@@ -71,7 +71,9 @@ def _column(path: Path, row: int, line: str, column: str) -> str:
         try:
             values[column].encode("utf-8")
         except UnicodeEncodeError as error:  # half a surrogate pair, which JSON's escapes can write
-            raise DataError(f"{path}, row {row}, column '{column}': no valid Unicode ({error.reason})") from error
+            raise DataError(
+                f"{path}, row {row}, column '{column}': no valid Unicode ({error.reason})"
+            ) from error
     return values[column]
 
 

@@ -47,7 +47,9 @@ def checked_scores(answer: Any, prompts: Sequence[str], judge: str) -> Tensor:
         ) from error
     if scores.shape != (len(prompts),):
         got = f"{len(scores)} values" if scores.ndim == 1 else f"shape {list(scores.shape)}"
-        raise FeedbackError(f"reward '{judge}' returned {got} for {len(prompts)} samples; return one float a sample")
+        raise FeedbackError(
+            f"reward '{judge}' returned {got} for {len(prompts)} samples; return one float a sample"
+        )
     bad = ~torch.isfinite(scores)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])

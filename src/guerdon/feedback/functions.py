@@ -119,7 +119,9 @@ class FunctionReward:
         arguments: list[Any] = []
         for want in self._wants:
             if want == "made":
-                made = [k for k in ("image", "text", "action") if traj.outputs is not None and k in traj.outputs]
+                made = [
+                    k for k in ("image", "text", "action") if traj.outputs is not None and k in traj.outputs
+                ]
                 want = f"{made[0]}s" if made else "images"
             if want == "prompts":
                 arguments.append(prompts)
@@ -127,12 +129,16 @@ class FunctionReward:
                 try:
                     arguments.append(traj.images.cpu().numpy())
                 except KeyError:
-                    raise FeedbackError(f"reward '{self.name}' judges images, but this policy makes none") from None
+                    raise FeedbackError(
+                        f"reward '{self.name}' judges images, but this policy makes none"
+                    ) from None
             elif want in ("texts", "completions"):
                 try:
                     arguments.append(traj.texts)
                 except KeyError:
-                    raise FeedbackError(f"reward '{self.name}' judges texts, but this policy makes none") from None
+                    raise FeedbackError(
+                        f"reward '{self.name}' judges texts, but this policy makes none"
+                    ) from None
             elif want == "actions":
                 if traj.outputs is None or "action" not in traj.outputs:
                     raise FeedbackError(f"reward '{self.name}' judges actions, but this policy records none")
@@ -145,7 +151,9 @@ class FunctionReward:
             raise
         except Exception as error:  # whatever a user's function raises becomes one sentence that names it
             frame = _innermost_frame(error)
-            raise FeedbackError(f"reward '{self.name}' raised {type(error).__name__}: {error}{frame}") from error
+            raise FeedbackError(
+                f"reward '{self.name}' raised {type(error).__name__}: {error}{frame}"
+            ) from error
         return checked_scores(answer, prompts, self.name).to(traj.log_prob.device)
 
 
@@ -176,7 +184,9 @@ def user_function(spec: str) -> FunctionReward:
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        frame = "" if isinstance(error, SyntaxError) else _innermost_frame(error)  # the former says where itself
+        frame = (
+            "" if isinstance(error, SyntaxError) else _innermost_frame(error)
+        )  # the former says where itself
         raise UsageError(f"{path_text} cannot be imported: {type(error).__name__}: {error}{frame}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -332,7 +342,9 @@ class Aesthetic:
         self.clip = clip_from_pretrained(clip)
         found, wanted = self.clip.clip.config.projection_dim, layers[0].in_features
         if found != wanted:
-            raise UsageError(f"{head} judges features of width {wanted}, but the CLIP model '{clip}' makes {found}")
+            raise UsageError(
+                f"{head} judges features of width {wanted}, but the CLIP model '{clip}' makes {found}"
+            )
 
     def score(self, traj: Trajectories) -> Tensor:
         """``[B]`` predicted ratings, about 1 to 10."""

@@ -33,7 +33,9 @@ class LanguagePolicy(Policy):
     kind: ClassVar[str] = "language"
     markov: ClassVar[bool] = False
 
-    def __init__(self, model: nn.Module, tokenizer: Any, max_new_tokens: int = 64, temperature: float = 1.0) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, max_new_tokens: int = 64, temperature: float = 1.0
+    ) -> None:
         super().__init__()
         if tokenizer.eos_token_id is None:
             raise UsageError("the tokenizer has no end-of-text token (eos_token), so answers could not end")
@@ -51,7 +53,9 @@ class LanguagePolicy(Policy):
             model = AutoModelForCausalLM.from_pretrained(name_or_path)
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         except (OSError, ValueError) as error:
-            raise UsageError(f"no language model at '{name_or_path}': {str(error).splitlines()[0]}") from error
+            raise UsageError(
+                f"no language model at '{name_or_path}': {str(error).splitlines()[0]}"
+            ) from error
         return cls(model, tokenizer, **options)
 
     @property
@@ -164,7 +168,9 @@ class LanguagePolicy(Policy):
     def log_prob(self, traj: Trajectories, distribution: TensorDict | None = None) -> Tensor:
         """``[B, T]``."""
         logits = (self.distribution(traj) if distribution is None else distribution)["logits"]
-        chosen = logits.gather(-1, traj.inputs["step", "token"].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+        chosen = logits.gather(-1, traj.inputs["step", "token"].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(
+            -1
+        )
         return masked(chosen, traj.mask)
 
     def save_pretrained(self, folder: str | Path) -> None:

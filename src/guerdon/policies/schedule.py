@@ -72,7 +72,9 @@ class NoiseSchedule:
         return torch.arange(1, self.origin_steps + 1) * stride - 1
 
 
-def predict(output: Tensor, sample: Tensor, alpha_bar: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+def predict(
+    output: Tensor, sample: Tensor, alpha_bar: Tensor, schedule: NoiseSchedule
+) -> tuple[Tensor, Tensor]:
     """The clean sample and the noise that a denoiser's ``output`` stands for.
 
     Args: ``output``, ``sample`` ``[N, ...]``; ``alpha_bar`` ``[N]``, the level of ``sample``.
@@ -106,7 +108,9 @@ def ddim_step(
     ``alpha_bar_next`` ``[N]`` of the next, cleaner level; ``eta`` (a number or ``[N]``) 0 is deterministic, 1 is DDPM-like.
     Returns ``mean [N, ...]`` and ``std [N]`` (zero where the step is deterministic).
     """
-    std = eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).clamp(min=0).sqrt()
+    std = (
+        eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).clamp(min=0).sqrt()
+    )
     direction = (1 - alpha_bar_next - std**2).clamp(min=0).sqrt()
     mean = expand(alpha_bar_next.sqrt(), clean) * clean + expand(direction, noise) * noise
     return mean, std

@@ -51,7 +51,8 @@ class CategoricalTable(Policy):
             log_prob=log_probs.gather(1, action[:, None]),
             mask=torch.ones(rows, 1, dtype=torch.bool, device=context.device),
             outputs=TensorDict(
-                {"prompt": encode_text(prompts).to(context.device), "action": action[:, None]}, batch_size=[rows]
+                {"prompt": encode_text(prompts).to(context.device), "action": action[:, None]},
+                batch_size=[rows],
             ),
             group=context if group is None else group,
         )
@@ -63,7 +64,9 @@ class CategoricalTable(Policy):
 
     def log_prob(self, traj: Trajectories, distribution: TensorDict | None = None) -> Tensor:
         """``[B, T]``."""
-        logits = self.logits[traj.inputs["step", "context"]] if distribution is None else distribution["logits"]
+        logits = (
+            self.logits[traj.inputs["step", "context"]] if distribution is None else distribution["logits"]
+        )
         chosen = logits.log_softmax(-1).gather(-1, traj.inputs["step", "action"].unsqueeze(-1)).squeeze(-1)
         return masked(chosen, traj.mask)
 

@@ -59,7 +59,8 @@ def _train(seed: int, folder: Path, seconds: float, method: str = "rlcm", **opti
     figures: dict[str, Any] = {"before": result.before, "after": result.after, "rounds": len(records)}
     figures["gain"] = (result.after["reward"] - result.before["reward"]) / result.before["reward_std"]
     figures["course"] = [
-        [round(s, 2), round(r["reward"], 5), r.get("accuracy")] for s, r in zip(seconds_at, records, strict=False)
+        [round(s, 2), round(r["reward"], 5), r.get("accuracy")]
+        for s, r in zip(seconds_at, records, strict=False)
     ]
     return figures
 
@@ -170,12 +171,20 @@ def judge(results: Results) -> list[Check]:
         reached = min(seconds_to(theirs, level), seconds_to(theirs, own["reward"] + 1.5 * own["reward_std"]))
         # one that never arrives is counted with the time it was given
         checks.append(
-            Check(name, min(reached, theirs["course"][-1][0]) / seconds_to(ours, level), ">=", THRESHOLDS[name], seed)
+            Check(
+                name,
+                min(reached, theirs["course"][-1][0]) / seconds_to(ours, level),
+                ">=",
+                THRESHOLDS[name],
+                seed,
+            )
         )
     check(
         "tuned 2 steps minus untuned 8 steps (sd)",
         "rlcm 60 s",
-        lambda f: (f["steps"]["tuned 2"]["reward"] - f["steps"]["untuned 8"]["reward"]) / f["before"]["reward_std"],
+        lambda f: (
+            (f["steps"]["tuned 2"]["reward"] - f["steps"]["untuned 8"]["reward"]) / f["before"]["reward_std"]
+        ),
     )
     check("shuffled rewards, gain after 60 s", "shuffled 60 s", lambda f: f["gain"], "<=")
     check("prompts kept (kl), gain", "kl 60 s", lambda f: f["gain"])

@@ -90,7 +90,9 @@ def _lines(path: str) -> list[str]:
 def format_table(rows: list[list[str]]) -> str:
     """Columns padded to their widest cell; the first row is the header."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
 
@@ -140,7 +142,8 @@ def main(slug: str, options: Any) -> int:
         "system": slug,
         "claim": experiment.CLAIM,
         "holds": holds,
-        "complete": set(chosen) == set(experiment.ARMS) and all(len(v) == len(seeds) for v in chosen.values()),
+        "complete": set(chosen) == set(experiment.ARMS)
+        and all(len(v) == len(seeds) for v in chosen.values()),
         "seeds": seeds,
         "thresholds": dict(experiment.THRESHOLDS),
         "notes": experiment.NOTES,

@@ -38,7 +38,9 @@ def reproduction(record: dict[str, Any]) -> str:
     for check in record["checks"]:
         seed = "" if check["seed"] is None else str(check["seed"])
         bound = f"{'at least' if check['sense'] == '>=' else 'at most'} {check['threshold']:g}"
-        checks.append([check["name"], seed, f"{check['value']:.3g}", bound, "yes" if check["passed"] else "**no**"])
+        checks.append(
+            [check["name"], seed, f"{check['value']:.3g}", bound, "yes" if check["passed"] else "**no**"]
+        )
     verdict = "The claim holds." if record["holds"] else "The claim does **not** hold as stated."
     return f"{markdown(record['table'])}\n\n{markdown(checks)}\n\n{verdict} ({_machine(record)})"
 
@@ -47,7 +49,9 @@ def benchmark(record: dict[str, Any]) -> str:
     """The table of a benchmark's record."""
     rows = [["work", "guerdon", "beside it", "ratio", "target"]]
     for row in record["rows"]:
-        target = f"{'at least' if row['sense'] == '>=' else 'at most'} {row['target']:g}" if row["target"] else ""
+        target = (
+            f"{'at least' if row['sense'] == '>=' else 'at most'} {row['target']:g}" if row["target"] else ""
+        )
         if row["target"] and not row["met"]:
             target += " (**missed**)"
         beside = f"{1e3 * row['beside_seconds']:.3g} ms ({row['beside']})"
@@ -63,7 +67,9 @@ def fixtures() -> str:
             path = Path(tasks.__file__).parent / task / "fixtures" / kind / "quality.json"
             quality = json.loads(path.read_text(encoding="utf-8"))
             for sampler, shares in quality["right"].items():
-                shown = [f"{100 * shares[k]['all']:.1f} %" if k in shares else "" for k in ("training", "held out")]
+                shown = [
+                    f"{100 * shares[k]['all']:.1f} %" if k in shares else "" for k in ("training", "held out")
+                ]
                 rows.append([f"{task}, {kind}", sampler, *shown, str(quality["steps"])])
     return markdown(rows)
 

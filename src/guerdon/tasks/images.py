@@ -90,7 +90,10 @@ class ImageTask(Task, abc.ABC):
         return Denoisings(Prompts(self.prompts(), seed=seed), seed=seed)
 
     def feedback(self) -> Feedback:
-        known = {name: lambda _=None, f=function, n=name: FunctionReward(f, n) for name, function in IMAGE_REWARDS.items()}
+        known = {
+            name: lambda _=None, f=function, n=name: FunctionReward(f, n)
+            for name, function in IMAGE_REWARDS.items()
+        }
         known["alignment"] = lambda name=None: Alignment(clip_from_pretrained(name) if name else self.clip())
         known["aesthetic"] = self._aesthetic
         known["accuracy"] = lambda _=None: FunctionReward(self._accuracy, "accuracy")
@@ -99,7 +102,9 @@ class ImageTask(Task, abc.ABC):
     @staticmethod
     def _aesthetic(argument: str | None = None) -> Feedback:
         if not argument:
-            raise UsageError("the aesthetic reward needs its weights: --reward aesthetic=HEAD.safetensors[,CLIP]")
+            raise UsageError(
+                "the aesthetic reward needs its weights: --reward aesthetic=HEAD.safetensors[,CLIP]"
+            )
         head, _, clip = argument.partition(",")
         return Aesthetic(head, clip) if clip else Aesthetic(head)
 
@@ -140,7 +145,9 @@ class ImageTask(Task, abc.ABC):
         figures = {"reward": scores.mean().item(), "reward_std": scores.std().item()}
         return {**figures, **self.monitor(traj)}, traj.judged(scores)
 
-    def report(self, before: Measured, after: Measured, folder: Any, records: list[dict[str, Any]]) -> list[str]:
+    def report(
+        self, before: Measured, after: Measured, folder: Any, records: list[dict[str, Any]]
+    ) -> list[str]:
         """``before_after.png``: the same prompts and noise."""
         from guerdon.evaluation.pictures import grid
 

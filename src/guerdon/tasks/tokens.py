@@ -80,7 +80,14 @@ class Tokens(Task):
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "reinforce": {"rounds": 80, "samples": 64, "lr": 3e-3},
         "ppo": {"rounds": 40, "samples": 64, "minibatch": 64, "epochs": 4, "lr": 2e-3, "critic_lr": 3e-3},
-        "grpo": {"rounds": 40, "prompts_per_round": 8, "group_size": 8, "minibatch": 64, "epochs": 2, "lr": 2e-3},
+        "grpo": {
+            "rounds": 40,
+            "prompts_per_round": 8,
+            "group_size": 8,
+            "minibatch": 64,
+            "epochs": 2,
+            "lr": 2e-3,
+        },
         "rebel": {"rounds": 80, "prompts_per_round": 32, "lr": 2e-3, "eta": 0.2},
     }
 

@@ -38,7 +38,9 @@ class GRPO:
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
-            raise UsageError(f"group_size is {self.group_size}; an answer is compared with others: at least 2")
+            raise UsageError(
+                f"group_size is {self.group_size}; an answer is compared with others: at least 2"
+            )
 
     def roles(self) -> dict[str, RoleSettings]:
         """How the actor is held and trained."""
@@ -48,11 +50,11 @@ class GRPO:
     def train(self, run: Run, actor: Role, experience: Prompted, feedback: Feedback) -> None:
         """Answer each prompt several times, score, compare within the group, take clipped steps; repeat."""
         reference = actor.copy(frozen=True)
-        objective = ClippedSurrogate(
-            clip=self.clip, kl=self.kl, kl_estimator="k3", reduction="trajectory"
-        )
+        objective = ClippedSurrogate(clip=self.clip, kl=self.kl, kl_estimator="k3", reduction="trajectory")
         for _ in run.steps(self.rounds):
-            traj = experience.collect(actor, self.prompts_per_round * self.group_size, group_size=self.group_size)
+            traj = experience.collect(
+                actor, self.prompts_per_round * self.group_size, group_size=self.group_size
+            )
             traj = traj.judged(feedback.score(traj))
             advantage = group_relative(traj.score(), traj.group, std=self.scale)
             traj.advantage = traj.per_step(advantage)

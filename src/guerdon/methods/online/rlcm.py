@@ -49,13 +49,21 @@ class RLCM:
 
     def __post_init__(self) -> None:
         if self.objective not in get_args(Objective):
-            raise UsageError(f"unknown objective '{self.objective}'; {nearest(self.objective, get_args(Objective))}")
+            raise UsageError(
+                f"unknown objective '{self.objective}'; {nearest(self.objective, get_args(Objective))}"
+            )
         if self.steps < 2 and not self.ghost:
-            raise UsageError(f"steps is {self.steps}; the last step is no action, so it takes at least 2 to learn")
+            raise UsageError(
+                f"steps is {self.steps}; the last step is no action, so it takes at least 2 to learn"
+            )
         if self.objective == "rebel" and (self.samples % 2 or self.update_batch < 2):
-            raise UsageError("the rebel objective compares pairs: samples must be even, update_batch at least 2")
+            raise UsageError(
+                "the rebel objective compares pairs: samples must be even, update_batch at least 2"
+            )
         if self.objective == "rebel" and self.kl:
-            raise UsageError("the rebel objective has no kl weight; its eta keeps it near the policy that sampled")
+            raise UsageError(
+                "the rebel objective has no kl weight; its eta keeps it near the policy that sampled"
+            )
 
     def roles(self) -> dict[str, RoleSettings]:
         """How the actor is held and trained."""

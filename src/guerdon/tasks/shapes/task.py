@@ -45,7 +45,15 @@ class Shapes(ImageTask):
             "advantage_clamp": 10.0,
         },
         "reinforce": {"rounds": 60, "samples": 64, "lr": 3e-4},
-        "ppo": {"rounds": 40, "samples": 64, "epochs": 1, "minibatch": 16, "clip": 1e-3, "lr": 1e-3, "lora_rank": 8},
+        "ppo": {
+            "rounds": 40,
+            "samples": 64,
+            "epochs": 1,
+            "minibatch": 16,
+            "clip": 1e-3,
+            "lr": 1e-3,
+            "lora_rank": 8,
+        },
         "grpo": {
             "rounds": 40,
             "prompts_per_round": 8,
@@ -56,7 +64,14 @@ class Shapes(ImageTask):
             "lr": 1e-3,
             "lora_rank": 8,
         },
-        "rebel": {"rounds": 40, "prompts_per_round": 32, "minibatch": 8, "eta": 1.0, "lr": 1e-3, "lora_rank": 8},
+        "rebel": {
+            "rounds": 40,
+            "prompts_per_round": 32,
+            "minibatch": 8,
+            "eta": 1.0,
+            "lr": 1e-3,
+            "lora_rank": 8,
+        },
     }
 
     def training_prompts(self) -> list[str]:
