@@ -45,8 +45,9 @@ class _Mlp(Policy):
         )
 
     def log_prob(self, traj: Trajectories, distribution: TensorDict | None = None) -> Tensor:
-        logits = self.net(traj.inputs["step", "observation"])
-        chosen = logits.log_softmax(-1).gather(-1, traj.inputs["step", "action"].unsqueeze(-1)).squeeze(-1)
+        step = traj.inputs["step"]
+        logits = self.net(step["observation"])
+        chosen = logits.log_softmax(-1).gather(-1, step["action"].unsqueeze(-1)).squeeze(-1)
         return masked(chosen, traj.mask)
 
 

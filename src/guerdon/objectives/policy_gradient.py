@@ -48,9 +48,10 @@ def clipped_surrogate(
     # The maximum over two branches as one clamp: where A > 0 only the upper bound can bind, else only the
     # lower (and the dual clip, an upper one). Fewer nodes in the graph, and equal to the last bit.
     gains = advantage > 0
-    upper = torch.full_like(advantage, math.inf if dual_clip is None else dual_clip)
-    upper.masked_fill_(gains, 1.0 + (clip if clip_high is None else clip_high))
-    lower = torch.full_like(advantage, 1.0 - clip).masked_fill_(gains, 0.0)
+    upper = torch.where(
+        gains, 1.0 + (clip if clip_high is None else clip_high), math.inf if dual_clip is None else dual_clip
+    )
+    lower = torch.where(gains, 0.0, 1.0 - clip)
     return -advantage * (log_prob - old_log_prob).exp().clamp(lower, upper)
 
 

@@ -69,4 +69,4 @@ class Policy(nn.Module, abc.ABC):
 
 def masked(values: Tensor, mask: Tensor) -> Tensor:
     """``values`` where ``mask``, exact zeros elsewhere (also where ``values`` is not finite)."""
-    return torch.where(mask, values, values.new_zeros(()))
+    return torch.where(mask, values, 0.0)

@@ -211,7 +211,8 @@ class DenoisingPolicy(Policy):
         arguments = {"sample": state.to(self.dtype), "timestep": timestep}
         arguments |= {"encoder_hidden_states": condition.to(self.dtype), **options}
         compiled = getattr(self.denoiser, "_compiled_call_impl", None) is not None
-        if state.device.type != "cpu" or compiled or len(state) <= _CPU_ROWS:
+        learning = torch.is_grad_enabled()  # pieces win nothing there: the backward pass walks them all again
+        if state.device.type != "cpu" or compiled or learning or len(state) <= _CPU_ROWS:
             return self.denoiser(**arguments, return_dict=False)[0].float()
         pieces = zip(*(value.split(_CPU_ROWS) for value in arguments.values()), strict=True)
         outputs = [
