@@ -105,7 +105,7 @@ def _check_mask(owner: str, mask: Tensor) -> None:
 # --- the common base --------------------------------------------------------------------------------------
 
 
-class Batch(TensorClass["nocast"]):
+class Batch(TensorClass["nocast"]):  # type: ignore[type-arg]
     """Slicing into minibatches, joining and files, for every kind of batch."""
 
     def minibatches(self: Self, size: int, generator: torch.Generator | None = None) -> Iterator[Self]:

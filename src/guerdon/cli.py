@@ -177,7 +177,7 @@ def _fields(owner: type, defaults: Any) -> list[Any]:
     fields: list[Any] = []
     for f in dataclasses.fields(owner):
         value = getattr(defaults, f.name)
-        kind = typing.Annotated[hints[f.name], tyro.conf.arg(help=texts.get(f.name, ""))]
+        kind = typing.Annotated[hints[f.name], tyro.conf.arg(help=texts.get(f.name, ""))]  # type: ignore[valid-type]
         default = dataclasses.field(default=value)
         fields.append((f.name, kind, default))
     return fields

@@ -385,7 +385,11 @@ def _plots(folder: Path, records: list[dict[str, Any]]) -> list[str]:
         )
     if len(keys) == 2 and len(records) > 1:
         path = folder / "reward_accuracy.png"
-        written.append(str(against_each_other(records, *keys, path, names={"accuracy": "prompt accuracy"})))
+        written.append(
+            str(
+                against_each_other(records, "reward", "accuracy", path, names={"accuracy": "prompt accuracy"})
+            )
+        )
     return written
 
 

@@ -109,13 +109,12 @@ class Role:
         else:
             core.requires_grad_(True)
         if self.settings.checkpoint_activations:
-            if not hasattr(core, "gradient_checkpointing_enable") and not hasattr(
-                core, "enable_gradient_checkpointing"
-            ):
+            for verb in ("gradient_checkpointing_enable", "enable_gradient_checkpointing"):
+                if hasattr(core, verb):
+                    getattr(core, verb)()
+                    break
+            else:
                 raise UsageError(f"{name}: {type(core).__name__} cannot checkpoint activations")
-            getattr(
-                core, "gradient_checkpointing_enable", getattr(core, "enable_gradient_checkpointing", None)
-            )()
         if self.settings.compile:
             core.compile()
         self._parameters = [p for p in model.parameters() if p.requires_grad]

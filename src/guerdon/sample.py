@@ -52,7 +52,7 @@ def _actors(folder: str, untrained: bool, device: str) -> tuple[list[tuple[str, 
 def sample(folder: str, options: Any) -> Iterator[str]:
     """Generate with the policy in ``folder`` (a run, or any model that `load_policy` reads); yields lines to
     print. Pictures go to ``options.out``; texts are printed."""
-    steps = _steps(options.steps)
+    steps: list[int | None] = [*_steps(options.steps)] or [None]
     if options.count < 1:
         raise UsageError(f"--count is {options.count}; it must be at least 1")
     actors, sampling, trained = _actors(folder, options.untrained, options.device)
@@ -67,7 +67,7 @@ def sample(folder: str, options: Any) -> Iterator[str]:
         sampling = {**sampling, "guidance": options.guidance}
     made: list[tuple[str, Trajectories]] = []
     for label, actor in actors:
-        for number in steps or [None]:
+        for number in steps:
             own = {**sampling, "steps": number} if number is not None else sampling
             words = [label, f"{number} step{'s' * (number != 1)}" if number is not None else ""]
             made.append((", ".join(filter(None, words)), actor.sample(rows, seeds, **own)))
@@ -97,7 +97,7 @@ def sample(folder: str, options: Any) -> Iterator[str]:
 def evaluate(folder: str, options: Any) -> Iterator[str]:
     """Measure a run's policy as training does, before and after, at one or several numbers of steps; yields
     the lines of a table."""
-    steps = _steps(options.steps)
+    steps: list[int | None] = [*_steps(options.steps)] or [None]
     if not (Path(folder) / "config.json").is_file():
         raise UsageError(f"there is no run at {folder}")
     function = read_config(folder)["config"].get("function")
@@ -109,7 +109,7 @@ def evaluate(folder: str, options: Any) -> Iterator[str]:
     trained = launch.load(folder, device=options.device)
     untrained = launch.load(folder, untrained=True, device=options.device)
     header: list[str] | None = None
-    for number in steps or [None]:
+    for number in steps:
         sampling = {**trained.sampling, "steps": number} if number is not None else trained.sampling
         for label, loaded in (("before", untrained), ("after", trained)):
             figures = loaded.task.measure(loaded.actor, loaded.feedback, **sampling).figures

@@ -43,7 +43,7 @@ class LanguageCritic(nn.Module):
         """``[B, T]``."""
         inputs = traj.inputs
         attention = torch.cat([inputs["prompt_mask"], traj.mask], dim=1).long()
-        hidden = self.backbone(
+        hidden = self.backbone(  # type: ignore[operator]
             input_ids=torch.cat([inputs["prompt_token"], inputs["step", "token"]], dim=1),
             attention_mask=attention,
             position_ids=(attention.cumsum(1) - 1).clamp(min=0),

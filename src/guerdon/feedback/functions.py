@@ -281,7 +281,7 @@ class _TransformersClip(nn.Module):
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         except (OSError, ValueError):
-            self.tokenizer = None  # enough for image features
+            self.tokenizer = None  # type: ignore[assignment]  # enough for image features
 
     def image_features(self, images: Tensor) -> Tensor:
         """``[B, D]`` unit-norm image embeddings of ``uint8 [B, H, W, 3]``."""

@@ -81,7 +81,7 @@ class LanguagePolicy(Policy):
         return tokens.to(self._device), mask.to(self._device)
 
     @torch.no_grad()
-    def sample(
+    def sample(  # type: ignore[override]
         self,
         prompts: Sequence[str],
         seeds: Tensor,

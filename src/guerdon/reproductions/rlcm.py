@@ -225,7 +225,9 @@ def draw(results: Results, path: Path) -> None:
 
     from guerdon.run.plots import PALETTE
 
-    arms = [a for a in ("rlcm 60 s", "kl 60 s", "rebel 20 s", "shuffled 60 s", "ddpo 60 s") if a in results]
+    arms: list[str] = [
+        a for a in ("rlcm 60 s", "kl 60 s", "rebel 20 s", "shuffled 60 s", "ddpo 60 s") if a in results
+    ]
     if not arms:
         arms = list(results)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.9), layout="constrained")

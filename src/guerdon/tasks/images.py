@@ -90,7 +90,7 @@ class ImageTask(Task, abc.ABC):
         return Denoisings(Prompts(self.prompts(), seed=seed), seed=seed)
 
     def feedback(self) -> Feedback:
-        known = {
+        known: dict[str, Any] = {
             name: lambda _=None, f=function, n=name: FunctionReward(f, n)
             for name, function in IMAGE_REWARDS.items()
         }

@@ -55,7 +55,7 @@ def tiny_llama(
     """A randomly initialised Llama of transformers with reproducible weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
+    config = LlamaConfig(  # type: ignore[call-arg]
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=2 * width,

@@ -95,8 +95,8 @@ class RLCM:
             if self.kl:
                 traj.reference = reference.distribution(traj)
             if rebel:
-                for batch in pairs(traj, "adjacent").minibatches(self.update_batch // 2, run.generator):
-                    run.log(**actor.update(batch, regression))
+                for pair in pairs(traj, "adjacent").minibatches(self.update_batch // 2, run.generator):
+                    run.log(**actor.update(pair, regression))
             else:
                 for batch in traj.minibatches(self.update_batch, run.generator):
                     run.log(**actor.update(batch.shuffle_steps(run.generator), surrogate))
