@@ -245,9 +245,10 @@ def test_config_holds_what_is_needed_to_run_again(tmp_path: Path) -> None:
 
 
 def test_a_config_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(UsageError, match=r"config cannot be written .* is a Cursor"):
         make(tmp_path / "run", config={"x": Cursor()}).__enter__()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
