@@ -335,7 +335,7 @@ def test_a_kl_weight_reaches_the_objective_and_its_reference_is_the_untrained_mo
 
 
 def test_published_defaults() -> None:
-    """Compressibility on one GPU's share: the sheet's table."""
+    """Compressibility on one GPU's share: the paper's table."""
     method = RLCM()
     assert (method.steps, method.guidance, method.lr, method.lora_rank, method.lora_alpha) == (
         8,
