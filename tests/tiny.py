@@ -25,7 +25,7 @@ from guerdon.run import Run
 WORDS = ["red circle", "blue square", "green ring", "red square", "blue ring", "green circle"]
 
 
-def image_policy(kind: str = "consistency", **options: Any) -> DenoisingPolicy:
+def image_policy(kind: str = "consistency", clip: float | None = 1.0, **options: Any) -> DenoisingPolicy:
     """An 8x8 image generator of some thousand weights."""
     torch.manual_seed(0)
     config = DenoiserConfig(
@@ -44,7 +44,7 @@ def image_policy(kind: str = "consistency", **options: Any) -> DenoisingPolicy:
     tokenizer = WordTokenizer.from_words({w for p in WORDS for w in p.split()}, model_max_length=4)
     encoder = TextEncoder(TextEncoderConfig(len(tokenizer), max_length=4, hidden_size=8))
     policy_class = ConsistencyPolicy if kind == "consistency" else DiffusionPolicy
-    return policy_class(denoiser, encoder, tokenizer, NoiseSchedule(clip_sample=1.0), **options)
+    return policy_class(denoiser, encoder, tokenizer, NoiseSchedule(clip_sample=clip), **options)
 
 
 class MLPPolicy(Policy):

@@ -441,12 +441,4 @@ def load(folder: str | Path, *, untrained: bool = False, device: str = "auto") -
     return Loaded(parts.roles["actor"], parts.task, parts.feedback, parts.sampling, step)
 
 
-def remove(folder: str | Path) -> None:
-    """Delete a run's folder. Refuses (`UsageError`) a folder that holds no run."""
-    path = Path(folder)
-    if not (path / "config.json").is_file() or not (path / "checkpoints").is_dir():
-        raise UsageError(f"{path} holds no run")
-    shutil.rmtree(path)
-
-
-__all__ = ["GuerdonError", "Loaded", "Result", "load", "read_records", "remove", "resume", "train"]
+__all__ = ["GuerdonError", "Loaded", "Result", "load", "read_records", "resume", "train"]

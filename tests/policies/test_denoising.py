@@ -14,41 +14,12 @@ from guerdon.batch import Trajectories, concatenate, pad_steps
 from guerdon.errors import ShapeError, UsageError
 from guerdon.policies import lora
 from guerdon.policies.consistency import ConsistencyPolicy
-from guerdon.policies.denoiser import (
-    Denoiser,
-    DenoiserConfig,
-    TextEncoder,
-    TextEncoderConfig,
-    WordTokenizer,
-)
 from guerdon.policies.denoising import DenoisingPolicy, gaussian_log_prob
-from guerdon.policies.diffusion import DiffusionPolicy
-from guerdon.policies.schedule import NoiseSchedule
 from guerdon.randomness import normal, row_seeds
+from tiny import image_policy as build
 
 PROMPTS = ["red circle", "blue square", "green ring", "red square", "blue ring"]
 SEEDS = row_seeds(3, 0, len(PROMPTS))
-
-
-def build(kind: str, clip: float | None = 1.0, **options: object) -> DenoisingPolicy:
-    torch.manual_seed(0)
-    config = DenoiserConfig(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        cross_attention_dim=8,
-        norm_num_groups=4,
-        time_frequencies=16,
-        time_embed_dim=16,
-        time_cond_proj_dim=256 if kind == "consistency" else None,
-    )
-    denoiser = Denoiser(config)
-    nn.init.normal_(denoiser.conv_out.weight, std=0.1)  # as if trained: it starts at zero
-    if denoiser.cond_proj is not None:
-        nn.init.normal_(denoiser.cond_proj.weight, std=0.3)
-    tokenizer = WordTokenizer.from_words({w for p in PROMPTS for w in p.split()}, model_max_length=4)
-    encoder = TextEncoder(TextEncoderConfig(len(tokenizer), max_length=4, hidden_size=8))
-    policy_class = ConsistencyPolicy if kind == "consistency" else DiffusionPolicy
-    return policy_class(denoiser, encoder, tokenizer, NoiseSchedule(clip_sample=clip), **options)
 
 
 @pytest.fixture(params=["consistency", "diffusion"])

@@ -109,15 +109,15 @@ def _plain_diffusion(
     return sample
 
 
-def _same_size_unet(time_cond: int | None) -> nn.Module:
-    """The diffusers UNet nearest in size to the shipped denoiser (the layout that its study found best)."""
+def _unet(channels: int, time_cond: int | None) -> nn.Module:
+    """The diffusers UNet nearest in size to the shipped denoiser."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=3,
-        out_channels=3,
+        in_channels=channels,
+        out_channels=channels,
         block_out_channels=(24, 48),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -155,21 +155,6 @@ def _small_pipeline(folder: Path) -> Any:
             eos_token_id=1,
         )
     )
-    from diffusers import UNet2DConditionModel
-
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(24, 48),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=64,
-        attention_head_dim=2,
-        norm_num_groups=8,
-        time_cond_proj_dim=256,
-    )
     vae = AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -182,7 +167,7 @@ def _small_pipeline(folder: Path) -> Any:
         vae=vae,
         text_encoder=text,
         tokenizer=tokenizer,
-        unet=unet,
+        unet=_unet(4, 256),
         scheduler=_lcm_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -254,7 +239,7 @@ def run() -> list[dict[str, Any]]:
 
     a, b = take_turns((ours, _plain_consistency(other, other.denoiser, prompts)), rounds=15)
     rows.append(row("consistency, 64 pictures, 4 steps, same network", a, "diffusers' loop", b, None))
-    a, b = take_turns((ours, _plain_consistency(other, _same_size_unet(256), prompts)), rounds=15)
+    a, b = take_turns((ours, _plain_consistency(other, _unet(3, 256), prompts)), rounds=15)
     rows.append(
         row("consistency, 64 pictures, 4 steps, shipped model", a, "diffusers' UNet of its size", b, SAMPLING)
     )
@@ -270,7 +255,7 @@ def run() -> list[dict[str, Any]]:
     )
     rows.append(row("diffusion, 64 pictures, 20 guided steps, same network", a, "diffusers' loop", b, None))
     a, b = take_turns(
-        (denoise, _plain_diffusion(diffusion, _same_size_unet(None), prompts, 20)), rounds=4, warm_up=1
+        (denoise, _plain_diffusion(diffusion, _unet(3, None), prompts, 20)), rounds=4, warm_up=1
     )
     rows.append(
         row(
