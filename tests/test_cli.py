@@ -77,7 +77,7 @@ def test_help_answers_at_once_and_without_torch() -> None:
     assert (
         float(re.findall(r"seconds (\S+)", done.stdout)[0]) < 1.0
     )  # of this process, however busy the machine
-    for command in ("train", "resume", "sample", "evaluate", "list", "tasks", "reproduce", "bench"):
+    for command in ("train", "resume", "sample", "evaluate", "export", "list", "tasks", "reproduce", "bench"):
         assert f"guerdon {command}" in done.stdout
 
 
@@ -159,7 +159,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "command": (["trian"], ["unknown command 'trian'", "did you mean 'train'?"]),
     "no method": (["train", "--task", "bandit"], ["the method is missing"]),
     "method": (["train", "rlmc"], ["there is no system 'rlmc'", "did you mean 'rlcm'?"]),
-    "planned method": (["train", "sac"], ["'sac' is planned, not built yet", "ready: ", "rlcm"]),
+    "planned method": (["train", "dpo"], ["'dpo' is planned, not built yet", "ready: ", "rlcm"]),
     "option": ([*BANDIT, "--minibach", "3"], ["unknown option '--minibach'", "did you mean '--minibatch'?"]),
     "strange option": (
         [*BANDIT, "--zzzzqqq", "3"],
@@ -588,6 +588,110 @@ def test_evaluate_sweeps_the_number_of_steps(shapes_run: Path, guerdon: Guerdon)
     assert all(len(row) == len(header) for row in rows)
     result = json.loads((shapes_run / "result.json").read_text())
     assert float(rows[3][2]) == pytest.approx(result["after"]["reward"], rel=1e-3)
+
+
+# --- using a controller -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cart_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of PPO, trained by the command line."""
+    folder = tmp_path_factory.mktemp("cart")
+    argv = ["train", "ppo", "--env", "CartPole-v1", "--rounds", "3", "--name", "cart", "--quiet"]
+    assert main([*argv, "--compile", "False", "--runs", str(folder)]) == 0
+    return folder / "cart"
+
+
+def table(said: Said) -> dict[str, float]:
+    """The figures that `guerdon evaluate` printed of a controller."""
+    assert said.status == 0, said.err
+    names, values = (line.split() for line in said.out.splitlines()[:2])
+    return dict(zip(names, map(float, values), strict=True))
+
+
+def test_evaluate_plays_the_episodes_that_training_measured_on(cart_run: Path, guerdon: Guerdon) -> None:
+    figures = table(guerdon("evaluate", cart_run))
+    assert list(figures) == ["episodes", "return", "std", "min", "max", "length"]
+    after = json.loads((cart_run / "result.json").read_text())["after"]
+    assert figures["return"] == pytest.approx(after["reward"], rel=1e-3)
+    assert figures["std"] == pytest.approx(after["reward_std"], rel=1e-3)
+    model = table(guerdon("evaluate", cart_run / "model", "--env", "CartPole-v1"))
+    assert model == figures
+    assert table(guerdon("evaluate", cart_run, "--seed", "1")) != figures
+
+
+def test_evaluate_takes_options_of_episodes(cart_run: Path, guerdon: Guerdon) -> None:
+    figures = table(guerdon("evaluate", cart_run, "--episodes", "3", "--stochastic"))
+    assert figures["episodes"] == 3
+    assert figures["min"] <= figures["return"] <= figures["max"]
+    options = ["--env-options", '{"max_episode_steps": 5}']
+    assert table(guerdon("evaluate", cart_run, *options))["max"] == 5
+    assert table(guerdon("evaluate", cart_run, "--env", "CartPole-v0"))["max"] <= 200
+
+
+def test_evaluate_films(cart_run: Path, guerdon: Guerdon) -> None:
+    pytest.importorskip("pygame")
+    options = ["--env-options", '{"max_episode_steps": 12}']
+    said = guerdon("evaluate", cart_run, "--episodes", "2", "--video", "cart.gif", *options)
+    assert table(Said(said.status, *said[1:]))["episodes"] == 2
+    assert said.out.splitlines()[2].startswith("film of the first environment, ")
+    with Image.open("cart.gif") as film:
+        assert film.format == "GIF"
+        assert film.n_frames > 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--steps", "4"], ["takes no sampling steps; leave out --steps"]),
+        (["--episodes", "0"], ["0 episodes were asked for"]),
+        (["--video", "x.avi"], ["a film is a .gif or an .mp4, not 'x.avi'"]),
+        (["--env", "CartPol-v1"], ["CartPol-v1", "did you mean 'CartPole-v"]),
+        (["--env", "Pendulum-v1"], ["reads observations vector [4], but Pendulum-v1 shows vector [3]"]),
+        (["--env-options", "[1]"], ["--env-options is no JSON object"]),
+        (["--env-options", "{g: 1}"], ["--env-options is no JSON object"]),
+        (["--episode", "3"], ["unknown option '--episode'; did you mean '--episodes'?"]),
+    ],
+)
+def test_evaluate_refuses_of_a_controller(
+    argv: list[str], words: list[str], cart_run: Path, guerdon: Guerdon
+) -> None:
+    refused(guerdon("evaluate", cart_run, *argv), *words)
+
+
+def test_evaluate_refuses_what_it_cannot_play(cart_run: Path, bandit_run: Path, guerdon: Guerdon) -> None:
+    refused(guerdon("evaluate", cart_run / "model"), "names no environment; give one with --env")
+    refused(guerdon("evaluate", "runs/none"), "there is no run at runs/none")
+    bandit = bandit_run / "runs" / "first"
+    for option, value in (
+        ("--episodes", "3"),
+        ("--video", "x.gif"),
+        ("--env", "CartPole-v1"),
+        ("--seed", "1"),
+    ):
+        refused(guerdon("evaluate", bandit, option, value), f"{option} does not apply to it")
+    refused(guerdon("evaluate", bandit, "--stochastic"), "--stochastic does not apply to it")
+
+
+def test_export_writes_a_controller(cart_run: Path, guerdon: Guerdon) -> None:
+    said = guerdon("export", cart_run, "--format", "c")
+    assert said == Said(0, "controller.h: float observation[4] -> int below 2\n", "")
+    assert guerdon("export", cart_run / "model", "--out", "again.h").status == 0
+    assert Path("again.h").read_text() == Path("controller.h").read_text()
+    assert "int guerdon_act(const float *observation)" in Path("again.h").read_text()
+    pytest.importorskip("onnx")
+    said = guerdon("export", cart_run)
+    assert said.out == "controller.onnx: observation float32 [batch, 4] -> action int64 [batch]\n"
+    assert Path("controller.onnx").stat().st_size > 10_000
+
+
+def test_export_refuses(cart_run: Path, bandit_run: Path, guerdon: Guerdon) -> None:
+    refused(guerdon("export", "runs/none"), "there is no run at runs/none")
+    refused(guerdon("export", bandit_run / "runs" / "first"), "only controllers of environments are exported")
+    refused(guerdon("export", cart_run, "--out", "x.bin"), "'x.bin' names no format; name it .onnx or .h")
+    refused(guerdon("export", cart_run, "--out", "no/x.h"), "cannot write the controller to 'no/x.h'")
+    refused(guerdon("export", cart_run, "--formt", "c"), "did you mean '--format'?")
+    assert guerdon("export", cart_run, "--format", "tflite").status == 2
 
 
 # --- a full disk ------------------------------------------------------------------------------------------

@@ -360,6 +360,27 @@ class Trajectories(Batch):
         keys = torch.rand(self.log_prob.shape, generator=generator).to(self.mask.device)
         return self.permute_steps((keys + 2.0 * ~self.mask).argsort(1))
 
+    def as_rows(self) -> Trajectories:
+        """Every real step as a row of its own: ``N`` rows of one step, in the order of the rows they came from.
+        Only for policies whose steps are independent given ``inputs["step"]``; the rest of ``inputs`` is left."""
+        everything = bool(self.mask.all())
+        count = self.mask.numel()
+
+        def flat(value: Tensor) -> Tensor:
+            rows = value.reshape(count, 1, *value.shape[2:])
+            return rows if everything else rows[real]
+
+        real = None if everything else self.mask.reshape(-1)
+        fields = {name: flat(value) for name in _PER_STEP if (value := getattr(self, name)) is not None}
+        rows = len(fields["mask"])
+        step = self.inputs["step"].apply(flat, batch_size=[rows, 1])
+        root = TensorDict(
+            {"inputs": TensorDict({"step": step}, batch_size=[rows]), **fields}, batch_size=[rows]
+        )
+        if self.reference is not None:
+            root["reference"] = self.reference.apply(flat, batch_size=[rows, 1])
+        return cast(Trajectories, type(self).from_tensordict(root))
+
     def select_steps(self, start: int, stop: int) -> Trajectories:
         """The steps ``start`` to ``stop`` of every row (for policies with per-step inputs only)."""
         result = cast(Any, self).clone(False)
@@ -400,6 +421,9 @@ class Transitions(Batch):
         discount: ``[N]``, what multiplies the bootstrap value (``gamma**n``); absent means the method's gamma.
         weight: ``[N]``, importance weights of prioritised replay.
         index: ``[N]`` int64, where the rows lie in the replay.
+        previous_action: ``[N, ...]``, what was done before (zeros at the start of an episode).
+        noise: ``[N, 2, A]`` standard normal numbers for the actions that an objective draws: ``[:, 0]`` at
+            ``observation``, ``[:, 1]`` at ``next_observation``. All randomness of an update comes with its batch.
     """
 
     observation: Tensor | TensorDict
@@ -411,6 +435,8 @@ class Transitions(Batch):
     discount: Tensor | None = None
     weight: Tensor | None = None
     index: Tensor | None = None
+    previous_action: Tensor | None = None
+    noise: Tensor | None = None
 
     def check(self) -> None:
         """Raise `ShapeError` if a field does not fit."""

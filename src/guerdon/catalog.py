@@ -306,7 +306,7 @@ SYSTEMS: tuple[System, ...] = (
     _row(
         "online", "ppo", "PPO", "Schulman et al., 2017", "1707.06347",
         "Proximal Policy Optimization Algorithms",
-        "categorical language diffusion consistency",
+        "categorical gaussian language diffusion consistency",
         "Policy gradient with a clipped probability ratio",
         ready=True,
     ),
@@ -334,7 +334,7 @@ SYSTEMS: tuple[System, ...] = (
     _row(
         "online", "reinforce", "Reinforce", "Williams, 1992", "",
         "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning",
-        "categorical language diffusion consistency",
+        "categorical gaussian language diffusion consistency",
         "The plain score-function policy gradient with a baseline",
         ready=True,
     ),
@@ -343,6 +343,7 @@ SYSTEMS: tuple[System, ...] = (
         "Asynchronous Methods for Deep Reinforcement Learning",
         "categorical gaussian language",
         "Synchronous advantage actor-critic",
+        ready=True,
     ),
     _row(
         "online", "trpo", "TRPO", "Schulman et al., 2015", "1502.05477",
@@ -359,20 +360,23 @@ SYSTEMS: tuple[System, ...] = (
     _row(
         "online", "sac", "SAC", "Haarnoja et al., 2018", "1801.01290",
         "Soft Actor-Critic: Off-Policy Maximum Entropy Deep Reinforcement Learning with a Stochastic Actor",
-        "gaussian",
+        "gaussian categorical",
         "Off-policy maximum-entropy actor-critic with twin critics",
+        ready=True,
     ),
     _row(
         "online", "td3", "TD3", "Fujimoto et al., 2018", "1802.09477",
         "Addressing Function Approximation Error in Actor-Critic Methods",
         "deterministic",
         "Deterministic policy gradient with twin critics, smoothing and delay",
+        ready=True,
     ),
     _row(
         "online", "dqn", "DQN", "Mnih et al., 2015", "",
         "Human-level control through deep reinforcement learning",
         "categorical",
         "Q-learning with replay and a target network",
+        ready=True,
     ),
     _row(
         "online", "rloo", "RLOO", "Ahmadian et al., 2024", "2402.14740",

@@ -1,4 +1,4 @@
-"""The command line: ``guerdon train | resume | sample | evaluate | list | reproduce | bench``.
+"""The command line: ``guerdon train | resume | sample | evaluate | export | list | reproduce | bench``.
 
 Nothing heavy is imported before it is needed, so that ``guerdon --help`` and ``guerdon list`` answer at once.
 """
@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from guerdon import __version__
 from guerdon.errors import GuerdonError, UsageError, nearest
@@ -23,11 +23,12 @@ guerdon: any policy (a controller, a language model, an image generator) learns 
   guerdon resume runs/NAME                       continue a stopped run where it was
   guerdon sample runs/NAME --prompt TEXT         generate with a trained model
   guerdon evaluate runs/NAME                     measure a trained model
+  guerdon export runs/NAME --format onnx|c       a controller as a file for use elsewhere
   guerdon list [--family F] [--policy P] [--status S]
                                                  the methods: what works, what is planned
   guerdon tasks                                  the ready problems
   guerdon reproduce METHOD [--seeds N]           run the experiment that shows the paper's claim
-  guerdon bench roles|images                     speed beside plain PyTorch and diffusers
+  guerdon bench roles|images|control                   speed beside plain PyTorch and diffusers
 
 Start here:  guerdon train rlcm
 Help on one command:  guerdon COMMAND --help
@@ -44,16 +45,21 @@ class Common:
     seed: int = 0  # of everything random
     model: str | None = None  # path or hub name of a model, in place of the task's own
     prompts: str | None = None  # file of prompts: text, one a line, or JSONL with a 'prompt' column
+    env: str | None = None  # id of a gymnasium environment to train in
+    env_options: str | None = None  # its keyword arguments, a JSON object
     reward: str | None = None  # a reward's name, file.py:function, or a sum such as 'a + 0.5*b'
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     engine: str = "local"  # where the roles run
     threads: int | None = None  # CPU threads; by default chosen by the size of the model
     precision: str | None = None  # float32, bfloat16 or float16 for the matrix work
-    compile: bool = False  # run the model through torch.compile (for long runs)
+    compile: bool | None = (
+        None  # compile models; controllers on the CPU compile their updates unless told not to
+    )
     log: str = ""  # further loggers, comma-separated: tensorboard, wandb, trackio
     checkpoint_every: float = 10.0  # seconds between checkpoints
     checkpoint_steps: int | None = None  # rounds between checkpoints, instead of seconds
     max_seconds: float | None = None  # stop after about this much training
+    until: float | None = None  # stop when the reward (the mean return of the last 100 episodes) reaches this
     quiet: bool = False  # no progress bar
 
 
@@ -141,12 +147,14 @@ def _train(args: list[str]) -> int:
     slug, rest = _positional(args, "the method", usage)
     system = catalog.find(slug)
     from guerdon import launch, tasks
+    from guerdon.tasks.base import Pieces
 
     cls = launch.method_class(slug)
-    task = _peek(rest, "task") or launch.default_task(slug)
+    env = _peek(rest, "env")
+    task = _peek(rest, "task") or ("control" if env else launch.default_task(slug))
     tasks.find(task)
     launch.policy_kind(slug, task)
-    recipe = launch.method_for(slug, task, own_model=_peek(rest, "model") is not None)
+    recipe = launch.method_for(slug, task, Pieces(model=_peek(rest, "model"), env=env))
     # One flat dataclass, so that --help is one list: the method's own options first, then what all share.
     options = _merged(cls, recipe)
     description = f"{system.title} ({system.reference}). Task '{task}'."
@@ -154,7 +162,7 @@ def _train(args: list[str]) -> int:
     values = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(options)}
     shared = {f.name: values.pop(f.name) for f in dataclasses.fields(Common)}
     log = tuple(filter(None, (part.strip() for part in shared.pop("log").split(","))))
-    quiet, shared["compile"] = shared.pop("quiet"), shared["compile"] or None
+    quiet = shared.pop("quiet")
     shared["task"] = task
     result = launch.train(slug, log=log, progress=not quiet, **shared, **values)
     _print_result(result)
@@ -248,16 +256,42 @@ def _sample(args: list[str]) -> int:
 class EvaluateOptions:
     """What ``guerdon evaluate`` takes."""
 
-    steps: str = ""  # sampling steps, comma-separated for a row each
+    episodes: int = 10  # of a controller: whole episodes to play
+    seed: int = 7777  # of the episodes; by default those that training measures on
+    stochastic: bool = False  # act with the policy's noise instead of its likeliest action
+    video: str | None = None  # film to write, .gif, or .mp4 where imageio-ffmpeg is installed
+    env: str | None = None  # environment to play in; by default the run's own
+    env_options: str | None = None  # its keyword arguments, a JSON object, beside the run's
+    steps: str = ""  # of a generator: sampling steps, comma-separated for a row each
     device: str = "auto"  # auto, cpu, cuda
 
 
 def _evaluate(args: list[str]) -> int:
-    folder, rest = _positional(args, "the run's folder", "guerdon evaluate runs/NAME [--steps 1,2,4,8]")
+    usage = "guerdon evaluate runs/NAME|MODEL [--episodes N] [--video out.gif] [--env ID] | [--steps 1,2,4,8]"
+    folder, rest = _positional(args, "the run's folder", usage)
     options = _parse(_described(EvaluateOptions), rest, "guerdon evaluate FOLDER")
     from guerdon import sample
 
     for line in sample.evaluate(folder, options):
+        print(line)
+    return 0
+
+
+@dataclasses.dataclass
+class ExportOptions:
+    """What ``guerdon export`` takes."""
+
+    format: Literal["onnx", "c"] | None = None  # by default what the ending of --out says, else onnx
+    out: str | None = None  # file to write; controller.onnx or controller.h
+
+
+def _export(args: list[str]) -> int:
+    usage = "guerdon export runs/NAME|MODEL [--format onnx|c] [--out controller.onnx|controller.h]"
+    folder, rest = _positional(args, "the run's folder", usage)
+    options = _parse(_described(ExportOptions), rest, "guerdon export FOLDER")
+    from guerdon import sample
+
+    for line in sample.export(folder, options):
         print(line)
     return 0
 
@@ -324,7 +358,7 @@ def _reproduce(args: list[str]) -> int:
 
 
 def _bench(args: list[str]) -> int:
-    what, rest = _positional(args, "what to time", "guerdon bench roles|images [--out results]")
+    what, rest = _positional(args, "what to time", "guerdon bench roles|images|control [--out results]")
     from guerdon import benchmarks
 
     return benchmarks.main(what, rest)
@@ -335,6 +369,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "resume": _resume,
     "sample": _sample,
     "evaluate": _evaluate,
+    "export": _export,
     "list": _list,
     "tasks": _tasks,
     "reproduce": _reproduce,

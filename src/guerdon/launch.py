@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from guerdon import catalog, tasks
@@ -38,6 +39,7 @@ from guerdon.run import Run
 from guerdon.run.checkpoint import load_newest
 from guerdon.run.config import read_config
 from guerdon.tasks.base import Measured, Pieces, Task
+from guerdon.tasks.control import Control
 
 
 @dataclass
@@ -80,9 +82,9 @@ def default_task(slug: str) -> str:
     return fitting[0]
 
 
-def method_for(slug: str, task: str, own_model: bool = False, **options: Any) -> Any:
+def method_for(slug: str, task: str, pieces: Pieces | None = None, **options: Any) -> Any:
     """A method with its published defaults, the task's recipe over them, and ``options`` over both. A recipe
-    suits the model that the task ships; with a model of the user's the published defaults stand.
+    suits the model that the task ships; with a model of the user's (in ``pieces``) the published defaults stand.
 
     Raises `UsageError` for an option that the method does not have, with the nearest name.
     """
@@ -91,14 +93,19 @@ def method_for(slug: str, task: str, own_model: bool = False, **options: Any) ->
     for option in options:
         if option not in names:
             raise UsageError(f"'{slug}' has no option '{option}'; {nearest(option, names)}")
-    recipe = {} if own_model else tasks.find(task).recipes.get(catalog.find(slug).slug, {})
+    pieces = pieces or Pieces()
+    recipe = {} if pieces.model is not None else tasks.find(task).recipe(catalog.find(slug).slug, pieces)
     return cls(**{**recipe, **options})
 
 
-def policy_kind(slug: str, task: str) -> str:
-    """The kind of policy that method and task agree on. Raises `UsageError` when there is none."""
+def policy_kind(slug: str, task: str | Task) -> str:
+    """The kind of policy that method and task (by name, or made already) agree on. Raises `UsageError` when there
+    is none."""
     wanted = catalog.find(slug).policies
-    offered = tasks.TASKS[task][2] if task in tasks.TASKS else tasks.find(task).kinds
+    if isinstance(task, Task):
+        offered, task = task.policy_kinds(), task.name
+    else:
+        offered = tasks.TASKS[task][2] if task in tasks.TASKS else tasks.find(task).kinds
     for kind in offered:
         if kind in wanted:
             return kind
@@ -151,20 +158,28 @@ def _engine(name: str, device: str, threads: int | None, overrides: dict[str, An
 
 
 def _assemble(slug: str, method: Any, task_name: str, pieces: Pieces, engine: LocalEngine) -> _Assembly:
-    kind = policy_kind(slug, task_name)
-    task = tasks.find(task_name)(pieces)
+    policy_kind(slug, task_name)
+    task = tasks.find(task_name)(pieces, method)
+    kind = policy_kind(slug, task)
     feedback = task.feedback()
-    policy = task.policy(kind)
-    if policy.kind not in catalog.find(slug).policies:
-        raise UsageError(
-            f"'{slug}' trains a {' or '.join(catalog.find(slug).policies)} policy, but the model at "
-            f"'{pieces.model}' is a {policy.kind} policy"
-        )
     settings = method.roles()
     wants = inspect.signature(method.train).parameters
-    models: dict[str, Any] = {"actor": policy}
-    if "critic" in settings and "critic" in wants:
-        models["critic"] = task.critic(policy)
+    if hasattr(method, "models"):  # it builds its own networks, to fit the environment
+        if not isinstance(task, Control) or pieces.model is not None:
+            raise UsageError(
+                f"'{slug}' builds its own networks for an environment; use --env, without --model"
+            )
+        models: dict[str, Any] = method.models(task.environments)
+    else:
+        policy = task.policy(kind)
+        if policy.kind not in catalog.find(slug).policies:
+            raise UsageError(
+                f"'{slug}' trains a {' or '.join(catalog.find(slug).policies)} policy, but the model at "
+                f"'{pieces.model}' is a {policy.kind} policy"
+            )
+        models = {"actor": policy}
+        if "critic" in settings and "critic" in wants:
+            models["critic"] = task.critic(policy)
     roles = {name: engine.role(name, model, settings=settings.get(name)) for name, model in models.items()}
     return _Assembly(method, task, engine, roles, feedback, kind)
 
@@ -184,7 +199,7 @@ def _absolute(pieces: Pieces) -> Pieces:
             name = f"{fix(path)}{colon}{function}" if colon else name.strip()
             terms.append(f"{weight.strip()}{star}{name}")
         reward = " + ".join(terms)
-    return Pieces(fix(pieces.model), fix(pieces.prompts), reward)
+    return dataclasses.replace(pieces, model=fix(pieces.model), prompts=fix(pieces.prompts), reward=reward)
 
 
 def _free_name(runs: Path, slug: str) -> str:
@@ -202,6 +217,8 @@ def train(
     model: str | None = None,
     prompts: str | None = None,
     reward: str | Callable[..., Any] | None = None,
+    env: str | None = None,
+    env_options: str | dict[str, Any] | None = None,
     device: str = "auto",
     engine: str = "local",
     threads: int | None = None,
@@ -212,6 +229,7 @@ def train(
     checkpoint_steps: int | None = None,
     progress: bool = True,
     max_seconds: float | None = None,
+    until: float | None = None,
     **options: Any,
 ) -> Result:
     """Train a policy and measure it before and after.
@@ -222,14 +240,19 @@ def train(
         name: the folder under ``runs``; a free one is chosen when None.
         seed: of everything random.
         model, prompts, reward: replace the task's own pieces (see `Pieces`); ``reward`` may be a function.
+        env: id of a gymnasium environment to train in, with ``env_options`` for it.
         device: "auto", "cpu", "cuda", ...
         engine: where the roles run.
         threads: CPU threads; None chooses by the size of the model.
-        precision, compile: override the roles' settings.
+        precision: overrides the roles' setting.
+        compile: compile models (True) or not (False). None compiles the whole updates of controllers on the CPU,
+            where a C++ compiler is at hand: some twenty seconds the first time, kept on disk, many times faster.
         log: further loggers: "tensorboard", "wandb", "trackio".
         checkpoint_every: seconds between checkpoints; ``checkpoint_steps`` rounds instead, if given.
         progress: show a live progress bar.
         max_seconds: stop after about this many seconds of training, at the end of a round.
+        until: stop at the end of the round in which the reward (in environments: the mean return of the last 100
+            episodes) reaches this.
 
     Raises:
         GuerdonError: whatever is wrong with the input, before anything is trained.
@@ -237,13 +260,15 @@ def train(
     """
     slug = method if isinstance(method, str) else _slug_of(method)
     system = catalog.find(slug)
-    task = task or default_task(slug)
+    task = task or ("control" if env else default_task(slug))
+    function = reward if callable(reward) else None
+    if isinstance(env_options, dict):
+        env_options = json.dumps(env_options)
+    pieces = _absolute(Pieces(model, prompts, None if function else reward, env, env_options))  # type: ignore[arg-type]
     if isinstance(method, str):
-        method = method_for(slug, task, own_model=model is not None, **options)
+        method = method_for(slug, task, pieces, **options)
     elif options:
         raise UsageError("options go into the method object when one is given")
-    function = reward if callable(reward) else None
-    pieces = _absolute(Pieces(model, prompts, None if function else reward))  # type: ignore[arg-type]
     folder = Path(runs) / (name or _free_name(Path(runs), system.slug))
     config = {
         "method": system.slug,
@@ -254,11 +279,12 @@ def train(
         "device": device,
         "threads": threads,
         "precision": precision,
-        "compile": compile,
+        "compile": _compiles(task, device) if compile is None else compile,
         "log": list(log),
         "checkpoint_every": checkpoint_every,
         "checkpoint_steps": checkpoint_steps,
         "max_seconds": max_seconds,
+        "until": until,
         "function": getattr(function, "__name__", None),
     }
     return _launch(folder, config, method, seed, progress, function, again=False)
@@ -303,11 +329,19 @@ def _launch(
         raise UsageError(
             f"{folder} already holds a run; continue it with 'guerdon resume {folder}', or take another --name"
         )
-    overrides = {"precision": config.get("precision"), "compile": config.get("compile")}
+    whole = config.get("compile") is True and config["task"] == "control"
+    overrides = {
+        "precision": config.get("precision"),
+        "compile": "update" if whole else config.get("compile"),
+    }
     engine = _engine(config["engine"], config["device"], config["threads"], overrides)
     try:
         pieces = Pieces(**config["pieces"])
-        parts = _assemble(config["method"], method, config["task"], pieces, engine)
+        with torch.random.fork_rng():
+            torch.manual_seed(
+                seed
+            )  # fresh weights follow from the seed; the run seeds all else when it begins
+            parts = _assemble(config["method"], method, config["task"], pieces, engine)
         if function is not None:
             from guerdon.feedback.functions import FunctionReward
 
@@ -328,11 +362,14 @@ def _launch(
             progress=progress,
             resume=again,
             max_seconds=config.get("max_seconds"),
+            until=config.get("until"),
         )
         with _nothing_left(folder if new else None), run:
             for name, role in parts.roles.items():
                 run.adopt(name, role)
             run.track("experience", experience)
+            if again and not getattr(experience, "saveable", True):
+                run.note("the environments cannot be saved: they begin new episodes")
             judge = _Monitored(parts.feedback, parts.task, run.log)
             available: dict[str, Any] = {**parts.roles, "experience": experience, "feedback": judge}
             wants = [p for p in inspect.signature(method.train).parameters if p != "run"]
@@ -344,6 +381,17 @@ def _launch(
         return Result(folder, before.figures, after.figures, pictures, actor, seconds)
     finally:
         engine.close()
+
+
+def _compiles(task: str, device: str) -> bool | None:
+    """Whether a run compiles its updates when nothing was said. Decided once and written into its config, so that a
+    resumed run computes the same numbers."""
+    if task != "control":
+        return None
+    from guerdon import compiled
+
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    return on_cpu and compiled.available() is None
 
 
 @contextlib.contextmanager

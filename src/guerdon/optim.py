@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from guerdon.errors import UsageError, nearest
 
@@ -54,6 +54,16 @@ class Optimiser:
         """The torch optimiser over ``parameters``."""
         raise NotImplementedError
 
+    def pure_state(self, weights: Tensor) -> dict[str, Tensor]:
+        """The state of `pure` before the first update, for flat ``weights [P]``."""
+        raise NotImplementedError(f"{type(self).__name__} has no pure form")
+
+    def pure(
+        self, weights: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One update of flat ``weights [P]`` as a pure function: new weights and new state."""
+        raise NotImplementedError(f"{type(self).__name__} has no pure form")
+
 
 @dataclass(frozen=True)
 class Adam(Optimiser):
@@ -65,6 +75,17 @@ class Adam(Optimiser):
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, self.lr, self.betas, self.eps, self.weight_decay, fused=True)
+
+    def pure_state(self, weights: Tensor) -> dict[str, Tensor]:
+        return _moments(weights)
+
+    def pure(
+        self, weights: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.weight_decay:
+            gradient = gradient + self.weight_decay * weights
+        direction, state = _adam_direction(gradient, state, self.betas, self.eps)
+        return weights - lr * direction, state
 
 
 @dataclass(frozen=True)
@@ -78,6 +99,15 @@ class AdamW(Optimiser):
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, self.lr, self.betas, self.eps, self.weight_decay, fused=True)
 
+    def pure_state(self, weights: Tensor) -> dict[str, Tensor]:
+        return _moments(weights)
+
+    def pure(
+        self, weights: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        direction, state = _adam_direction(gradient, state, self.betas, self.eps)
+        return weights * (1.0 - lr * self.weight_decay) - lr * direction, state
+
 
 @dataclass(frozen=True)
 class SGD(Optimiser):
@@ -88,3 +118,36 @@ class SGD(Optimiser):
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, self.lr, self.momentum, weight_decay=self.weight_decay)
+
+    def pure_state(self, weights: Tensor) -> dict[str, Tensor]:
+        return {"momentum": torch.zeros_like(weights)} if self.momentum else {}
+
+    def pure(
+        self, weights: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.weight_decay:
+            gradient = gradient + self.weight_decay * weights
+        if self.momentum:
+            gradient = self.momentum * state["momentum"] + gradient
+            state = {"momentum": gradient}
+        return weights - lr * gradient, state
+
+
+def _moments(weights: Tensor) -> dict[str, Tensor]:
+    return {
+        "exp_avg": torch.zeros_like(weights),
+        "exp_avg_sq": torch.zeros_like(weights),
+        "step": torch.zeros((), device=weights.device),
+    }
+
+
+def _adam_direction(
+    gradient: Tensor, state: dict[str, Tensor], betas: tuple[float, float], eps: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``m_hat / (sqrt(v_hat) + eps)`` and the new moments."""
+    step = state["step"] + 1
+    first = torch.lerp(state["exp_avg"], gradient, 1.0 - betas[0])
+    second = betas[1] * state["exp_avg_sq"] + (1.0 - betas[1]) * gradient * gradient
+    scale = (second / (1.0 - betas[1] ** step)).sqrt() + eps
+    direction = first / (1.0 - betas[0] ** step) / scale
+    return direction, {"exp_avg": first, "exp_avg_sq": second, "step": step}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -20,7 +20,8 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from guerdon.batch import Batch, Trajectories, concatenate
-from guerdon.errors import NonFiniteError, UsageError, nearest
+from guerdon.compiled import FlatUpdate, FlatWeights
+from guerdon.errors import GuerdonError, NonFiniteError, UsageError, nearest
 from guerdon.objectives.base import Metrics, Objective
 from guerdon.optim import Optimiser
 
@@ -43,7 +44,9 @@ class RoleSettings:
         micro_steps: steps per pass, for policies whose steps are independent.
         sample_batch: rows per call of the sampler.
         precision: of the matrix work under autocast; log-probabilities stay float32.
-        compile: run the core through ``torch.compile`` (worth it only for long runs).
+        compile: True runs the core through ``torch.compile`` (worth it only for long runs). ``"update"`` is
+            for small networks on the CPU: the whole update, optimiser included, becomes one compiled function
+            of flat tensors (`guerdon.compiled`), many times faster than the sum of its operations.
         checkpoint_activations: recompute activations in the backward pass, where the core knows how
             (``gradient_checkpointing_enable``).
         dropout: leave dropout on during updates. Off by default: with it, the ratio of a fresh sample is
@@ -57,7 +60,7 @@ class RoleSettings:
     micro_steps: int | None = None
     sample_batch: int | None = None
     precision: Precision = "float32"
-    compile: bool = False
+    compile: bool | Literal["update"] = False
     checkpoint_activations: bool = False
     dropout: bool = False
 
@@ -69,6 +72,14 @@ class RoleSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be at least 1")
+        if self.compile == "update":
+            for name in ("lora", "micro_batch", "micro_steps"):
+                if getattr(self, name) is not None:
+                    raise UsageError(
+                        f"compile='update' takes whole batches of whole weights; leave out {name}"
+                    )
+            if self.precision != "float32" or self.dropout:
+                raise UsageError("compile='update' works in float32 without dropout")
 
 
 class Role:
@@ -95,6 +106,8 @@ class Role:
         self.model = model.to(self.device)
         self._adapter_off = False
         self._changed = False
+        self._flat: FlatWeights | None = None
+        self._whole: FlatUpdate | None = None
         core = getattr(model, "core", model)
         model.eval()
         model.requires_grad_(False)
@@ -115,12 +128,30 @@ class Role:
                     break
             else:
                 raise UsageError(f"{name}: {type(core).__name__} cannot checkpoint activations")
-        if self.settings.compile:
+        if self.settings.compile is True:
             core.compile()
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         if not self._parameters:
             raise UsageError(f"{name}: the model has no weights to train")
-        self._optimiser = self.settings.optimiser.build(self._parameters)
+        self._build_optimiser()
+
+    def _build_optimiser(self) -> None:
+        optimiser = self.settings.optimiser
+        assert optimiser is not None
+        if self.settings.compile == "update":
+            if len(self._parameters) != len(list(self.model.parameters())):
+                raise UsageError(f"{self.name}: compile='update' needs a model all of whose weights train")
+            self._optimiser = None
+            self._whole = FlatUpdate(self.flat_weights(), optimiser, self.settings.max_grad_norm)
+        else:
+            self._whole = None
+            self._optimiser = optimiser.build(self._parameters)
+
+    def flat_weights(self) -> FlatWeights:
+        """This role's weights as one flat tensor, of which the model's parameters are views."""
+        if self._flat is None:
+            self._flat = FlatWeights(self.model)
+        return self._flat
 
     def __repr__(self) -> str:
         trained = sum(p.numel() for p in self._parameters)
@@ -162,6 +193,26 @@ class Role:
         traj.version = torch.full((len(prompts),), self.updates, dtype=torch.int64, device=traj.mask.device)
         return traj
 
+    def acting(self) -> Any:
+        """A function ``(observation, noise) -> {"action": ...}`` on NumPy arrays, with the newest weights whenever it
+        is called (`Controller.actor`)."""
+        return self.model.actor()  # type: ignore[operator]
+
+    def observe(self, observation: Any) -> None:
+        """Take observations ``[N, ...]`` into the running statistics that normalise them, if the model keeps any. A
+        critic that shares them sees them too."""
+        features = self.model.features
+        if features.scaler is not None:  # type: ignore[union-attr]
+            features.scaler.update(features.vector(observation))  # type: ignore[union-attr,operator]
+            self._changed = True
+
+    def evaluate(self, function: Callable[..., Any], batch: Any, **others: Role) -> Any:
+        """``function(model, batch, **other models)`` without gradient, for figures that no other verb gives."""
+        if self.device.type != "cpu":
+            batch = batch.to(self.device)
+        with self._answering() as model:
+            return function(model, batch, **{name: other.model for name, other in others.items()})
+
     def log_prob(self, traj: Trajectories) -> Tensor:
         """``[B, T]`` log-probability of the stored steps under this role's weights."""
         return self._by_parts(traj, lambda model, part: model.log_prob(part))
@@ -173,6 +224,13 @@ class Role:
     def value(self, traj: Trajectories) -> Tensor:
         """``[B, T]`` values of the states, from a critic."""
         return self._by_parts(traj, lambda model, part: model.value(part))
+
+    def next_value(self, traj: Trajectories) -> Tensor | None:
+        """``[B, T]`` values of the states after each step, from a critic; None where every trajectory is a
+        complete episode, after which nothing follows."""
+        if traj.truncated is None:
+            return None
+        return self._by_parts(traj, lambda model, part: model.next_value(part))
 
     def score(self, traj: Trajectories) -> Tensor:
         """``[B]`` or ``[B, T]`` scores, from a reward model."""
@@ -188,12 +246,14 @@ class Role:
 
     # -- learning ------------------------------------------------------------------------------------------
 
-    def update(self, batch: Any, objective: Objective) -> Metrics:
+    def update(self, batch: Any, objective: Objective, **others: Role) -> Metrics:
         """One optimiser step on ``batch``: forward, backward (in micro-batches), clip, step.
 
         Args:
             batch: any `Batch`, or whatever the objective takes.
             objective: called as ``objective(model, batch) -> (loss, metrics)``.
+            others: roles whose models the objective reads and this call does not train (an actor's objective
+                reads a critic): it is called as ``objective(model, batch, critic=critic.model)``.
 
         Returns the objective's metrics, with ``grad_norm`` where gradients are clipped, as 0-d tensors.
 
@@ -201,9 +261,12 @@ class Role:
             UsageError: the role has no optimiser, or the batch no step to learn from.
             NonFiniteError: the loss or the gradient is not finite; the weights are as before.
         """
+        if self._whole is not None:
+            return self.fit(batch, objective, epochs=1, **others)
         if self._optimiser is None:
             raise UsageError(f"role '{self.name}' has no optimiser, so it cannot be updated")
         settings = self.settings
+        models = {name: other.model for name, other in others.items()}
         if self.device.type != "cpu":
             batch = batch.to(self.device)
         self._optimiser.zero_grad(set_to_none=True)
@@ -212,11 +275,11 @@ class Role:
             self.model.train()
         try:
             if len(parts) == 1:
-                loss, metrics = self._forward(batch, objective)
+                loss, metrics = self._forward(batch, objective, models)
                 self._backward(loss)
                 total_loss = loss.detach()
             else:
-                total_loss, metrics = self._accumulate(batch, parts, objective)
+                total_loss, metrics = self._accumulate(batch, parts, objective, models)
         finally:
             if settings.dropout:
                 self.model.eval()
@@ -225,23 +288,134 @@ class Role:
         else:
             check = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         if not (math.isfinite(check.item()) and math.isfinite(total_loss.item())):
-            what = "loss" if not math.isfinite(total_loss.item()) else "gradient"
             self._optimiser.zero_grad(set_to_none=True)
-            error = NonFiniteError(
-                f"the {what} of '{self.name}' is not finite at update {self.updates}; the weights are unchanged"
-            )
-            error.batch = batch  # type: ignore[attr-defined]
-            raise error
+            raise self._not_finite(total_loss, batch)
         optimiser = settings.optimiser
         assert optimiser is not None
         if optimiser.schedule != "constant" or optimiser.warmup:
-            rate = optimiser.lr * optimiser.factor(self.updates)
             for group in self._optimiser.param_groups:
-                group["lr"] = rate
+                group["lr"] = self._rate()
         self._optimiser.step()
         self.updates += 1
         self._moved()
         return metrics
+
+    def _rate(self) -> float:
+        optimiser = self.settings.optimiser
+        assert optimiser is not None
+        return optimiser.lr * optimiser.factor(self.updates)
+
+    def _not_finite(self, loss: Tensor, batch: Any) -> NonFiniteError:
+        what = "loss" if not math.isfinite(loss.item()) else "gradient"
+        error = NonFiniteError(
+            f"the {what} of '{self.name}' is not finite at update {self.updates}; the weights are unchanged"
+        )
+        error.batch = batch  # type: ignore[attr-defined]
+        return error
+
+    def fit(
+        self,
+        data: Batch,
+        objective: Objective,
+        epochs: int = 1,
+        minibatch: int | None = None,
+        generator: torch.Generator | None = None,
+        stop: Callable[[Metrics], bool] | None = None,
+        **others: Role,
+    ) -> Metrics:
+        """``epochs`` passes over ``data`` in minibatches: an `update` for each.
+
+        Args:
+            minibatch: rows an update; None takes all of them at once. Where the rows do not divide evenly, the
+                last minibatch of a pass is smaller (with ``compile="update"`` it is filled up with rows that the
+                pass has used already, since its size is compiled in).
+            generator: shuffles each pass; None keeps the order.
+            stop: asked after each pass with its mean metrics; True ends the call (an early stop on the KL).
+            others: as in `update`.
+
+        Returns the mean metrics of all updates made, as 0-d tensors. Raises as `update` does.
+        """
+        rows = data.batch_size[0]
+        size = rows if minibatch is None else min(minibatch, rows)
+        if size < 1:
+            raise UsageError(f"a minibatch holds at least one row, not {size}")
+        if self._whole is not None:
+            one_pass = self._compiled_pass(data, objective, size, generator, others)
+        else:
+
+            def one_pass() -> tuple[Metrics, int]:
+                sums: Metrics = {}
+                count = 0
+                parts = [data] if size == rows else data.minibatches(size, generator)
+                for part in parts:
+                    _add(sums, self.update(part, objective, **others))
+                    count += 1
+                return sums, count
+
+        total: Metrics = {}
+        updates = 0
+        for _ in range(epochs):
+            sums, count = one_pass()
+            _add(total, sums)
+            updates += count
+            if stop is not None and stop(_mean(sums, count)):
+                break
+        return _mean(total, updates)
+
+    def _compiled_pass(
+        self,
+        data: Batch,
+        objective: Objective,
+        size: int,
+        generator: torch.Generator | None,
+        others: dict[str, Role],
+    ) -> Callable[[], tuple[Metrics, int]]:
+        """A function that makes one pass over ``data`` by whole compiled updates."""
+        whole, rows = self._whole, data.batch_size[0]
+        assert whole is not None
+        leaves = _leaves(data)
+        template = type(data)
+
+        def rebuild(tensors: dict[tuple[str, ...], Tensor]) -> Any:
+            return _from_leaves(template, tensors)
+
+        flat = {name: other.flat_weights() for name, other in others.items()}
+        try:
+            step = whole.prepare(leaves, rebuild, objective, flat, None if size == rows else size)
+        except GuerdonError:
+            raise
+        except Exception as error:  # whatever tracing or the compiler say
+            raise UsageError(
+                f"the update of '{self.name}' cannot be compiled ({type(error).__name__}: {error}); train with "
+                "--no-compile"
+            ) from error
+        names = list(whole.names)
+
+        def one_pass() -> tuple[Metrics, int]:
+            parts: Sequence[Tensor | None] = [None]
+            if size < rows:
+                order = torch.arange(rows) if generator is None else torch.randperm(rows, generator=generator)
+                parts = torch.cat([order, order[: -rows % size]]).split(size)
+            figures = []
+            for part in parts:
+                found = step(self._rate(), part)
+                if not (math.isfinite(found[0].item()) and math.isfinite(found[1].item())):
+                    raise self._not_finite(found[0], data)
+                figures.append(found)
+                self.updates += 1
+            table = torch.stack(figures)
+            self._moved()
+            sums = table.sum(0)
+            metrics: Metrics = {"loss": sums[0]}
+            if self.settings.max_grad_norm is not None:
+                metrics["grad_norm"] = sums[1]
+            metrics |= {
+                name: table[:, i].max() if name.endswith("_max") else sums[i]
+                for i, name in enumerate(names, 2)
+            }
+            return metrics, len(figures)
+
+        return one_pass
 
     def _backward(self, loss: Tensor) -> None:
         if not loss.requires_grad:
@@ -250,13 +424,17 @@ class Role:
             )
         loss.backward()
 
-    def _forward(self, part: Any, objective: Objective) -> tuple[Tensor, Metrics]:
+    def _forward(
+        self, part: Any, objective: Objective, models: dict[str, nn.Module]
+    ) -> tuple[Tensor, Metrics]:
         if self.settings.precision == "float32":
-            return objective(self.model, part)
+            return objective(self.model, part, **models)
         with self._autocast():
-            return objective(self.model, part)
+            return objective(self.model, part, **models)
 
-    def _accumulate(self, batch: Any, parts: list[Any], objective: Objective) -> tuple[Tensor, Metrics]:
+    def _accumulate(
+        self, batch: Any, parts: list[Any], objective: Objective, models: dict[str, nn.Module]
+    ) -> tuple[Tensor, Metrics]:
         total = objective.weight(batch)
         weights = [objective.weight(part) for part in parts]
         if not math.isclose(float(sum(weights)), float(total), rel_tol=1e-4):
@@ -272,7 +450,7 @@ class Role:
             if not weight and not empty:  # padding only: nothing to learn, nothing to count
                 continue
             share = weight / total
-            loss, metrics = self._forward(part, objective)
+            loss, metrics = self._forward(part, objective, models)
             self._backward(loss * share)
             loss_sum += loss.detach() * share
             for key, value in metrics.items():
@@ -328,6 +506,7 @@ class Role:
         twin = Role.__new__(Role)
         twin.__dict__.update(self.__dict__)
         twin.name, twin.model, twin.updates = name, model, 0
+        twin._flat = twin._whole = None
         if frozen:
             model.requires_grad_(False)
             for parameter, flag in flags:  # shared ones keep their state
@@ -336,9 +515,9 @@ class Role:
             twin._parameters, twin._optimiser = [], None
         else:
             twin._parameters = [p for p in model.parameters() if p.requires_grad]
-            twin._optimiser = (
-                self.settings.optimiser.build(twin._parameters) if self.settings.optimiser else None
-            )
+            twin._optimiser = None
+            if self.settings.optimiser:
+                twin._build_optimiser()
         # its weights are not the initial ones: a checkpoint must hold them, and its own frozen copies too
         twin._changed = self._changed or self.updates > 0
         return twin
@@ -350,6 +529,15 @@ class Role:
             raise UsageError(
                 f"'{self.name}' is '{other.name}' with its adapter off; it cannot follow another role"
             )
+        if self._flat is not None and other._flat is not None:
+            with torch.no_grad():  # one operation instead of one for each weight
+                self._flat.flat.lerp_(other._flat.flat, tau)
+                for m, t in zip(self._flat.buffers(), other._flat.buffers(), strict=True):
+                    if m is not t:
+                        m.copy_(t)
+            self._changed = True
+            self._moved()
+            return
         with torch.no_grad():
             mine, theirs = list(_core(self.model).parameters()), list(_core(other.model).parameters())
             pairs = [(m, t) for m, t in zip(mine, theirs, strict=True) if m is not t]
@@ -370,7 +558,7 @@ class Role:
     def state_dict(self) -> dict[str, Any]:
         """Weights that can have moved, optimiser and counters: what a checkpoint needs. A frozen copy of the
         initial weights is made again by the method and stores nothing."""
-        if self._optimiser is None and not self._changed:
+        if self._optimiser is None and self._whole is None and not self._changed:
             return {"updates": self.updates, "weights": None, "optimiser": None}
         if self.settings.lora is not None:
             from guerdon.policies import lora
@@ -378,7 +566,9 @@ class Role:
             weights = lora.adapter_state_dict(_core(self.model))
         else:
             weights = _core(self.model).state_dict()
-        optimiser = self._optimiser.state_dict() if self._optimiser is not None else None
+        optimiser: Any = self._optimiser.state_dict() if self._optimiser is not None else None
+        if self._whole is not None:
+            optimiser = dict(self._whole.state)
         return {"updates": self.updates, "weights": weights, "optimiser": optimiser}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -392,7 +582,9 @@ class Role:
             else:
                 _core(self.model).load_state_dict(state["weights"])
             self._changed = self._changed or self._optimiser is None
-        if state["optimiser"] is not None and self._optimiser is not None:
+        if state["optimiser"] is not None and self._whole is not None:
+            self._whole.state = {name: state["optimiser"][name].clone() for name in self._whole.state}
+        elif state["optimiser"] is not None and self._optimiser is not None:
             self._optimiser.load_state_dict(state["optimiser"])
         self._moved()
 
@@ -403,3 +595,54 @@ class Role:
 
 def _core(model: nn.Module) -> nn.Module:
     return getattr(model, "core", model)
+
+
+# --- metrics and leaves -----------------------------------------------------------------------------------
+
+
+def _add(sums: Metrics, metrics: Metrics) -> None:
+    """Sum up metrics; of those called ``..._max`` keep the largest."""
+    for name, value in metrics.items():
+        if name not in sums:
+            sums[name] = value
+        elif name.endswith("_max"):
+            sums[name] = torch.maximum(sums[name], value)
+        else:
+            sums[name] = sums[name] + value
+
+
+def _mean(sums: Metrics, count: int) -> Metrics:
+    return {name: v if name.endswith("_max") else v / max(count, 1) for name, v in sums.items()}
+
+
+_UNREAD = {"outputs", "group", "version", "index"}  # what judges and books read, objectives do not
+
+
+def _leaves(data: Batch) -> dict[tuple[str, ...], Tensor]:
+    """The tensors of a batch that an objective may read, by nested name."""
+    leaves: dict[tuple[str, ...], Tensor] = {}
+
+    def walk(prefix: tuple[str, ...], node: Any) -> None:
+        for name, value in node.items():
+            if isinstance(value, Tensor):
+                leaves[(*prefix, name)] = value
+            elif value is not None and (prefix or name not in _UNREAD):
+                walk((*prefix, name), value)
+
+    walk((), data._tensordict)  # type: ignore[attr-defined]
+    return {name: leaf for name, leaf in leaves.items() if name[0] not in _UNREAD}
+
+
+def _from_leaves(kind: type[Batch], leaves: dict[tuple[str, ...], Tensor]) -> Batch:
+    """A batch again from (rows of) its leaves. Per-step inputs have batch ``[B, T]``, all else ``[B]``."""
+    first = next(iter(leaves.values()))
+    root = TensorDict({}, batch_size=first.shape[:1])
+    mask = leaves.get(("mask",))
+    for name, leaf in leaves.items():
+        for depth in range(1, len(name)):
+            if name[:depth] not in root.keys(include_nested=True):
+                per_step = name[: min(depth, 2)] == ("inputs", "step") or name[0] == "reference"
+                shape = mask.shape if per_step and mask is not None else first.shape[:1]
+                root[name[:depth]] = TensorDict({}, batch_size=shape)
+        root[name] = leaf
+    return kind.from_tensordict(root)  # type: ignore[attr-defined,no-any-return]

@@ -1,4 +1,4 @@
-"""``guerdon sample`` and ``guerdon evaluate``: what a trained policy makes, and how good it is."""
+"""``guerdon sample``, ``evaluate`` and ``export``: what a trained policy makes, how good it is, and it as a file."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from guerdon import launch
 from guerdon.batch import Trajectories
 from guerdon.engine.local import LocalEngine
 from guerdon.errors import UsageError
+from guerdon.evaluation import control
+from guerdon.evaluation.control import Film
+from guerdon.experience.environments import make
+from guerdon.policies.control import Controller, load_controller
 from guerdon.policies.pretrained import load_policy
+from guerdon.policies.saving import read_json
+from guerdon.policies.small import SmallController, load_small_controller
 from guerdon.randomness import row_seeds
 from guerdon.roles import Role
 from guerdon.run.config import read_config
+from guerdon.tasks.control import EPISODES, SEED, Control, parse_options
 
 
 def _steps(text: str) -> list[int]:
@@ -95,18 +102,34 @@ def sample(folder: str, options: Any) -> Iterator[str]:
 
 
 def evaluate(folder: str, options: Any) -> Iterator[str]:
-    """Measure a run's policy as training does, before and after, at one or several numbers of steps; yields
-    the lines of a table."""
+    """Measure the policy in ``folder``; yields the lines of a table.
+
+    A controller (of a run, or a saved model with ``options.env``) plays whole episodes. Any other run's policy is
+    measured as training does, before and after, at one or several numbers of steps.
+
+    Raises `UsageError` for options that do not apply to what is in the folder.
+    """
     steps: list[int | None] = [*_steps(options.steps)] or [None]
+    if _holds_model(folder):
+        yield from _episodes(_saved_controller(folder), None, folder, options)
+        return
     if not (Path(folder) / "config.json").is_file():
         raise UsageError(f"there is no run at {folder}")
+    trained = launch.load(folder, device=options.device)
+    if isinstance(trained.actor.model, Controller) and isinstance(trained.task, Control):
+        yield from _episodes(trained.actor.model, trained.task, folder, options)
+        return
+    for name, default in _OF_EPISODES.items():
+        if getattr(options, name) != default:
+            raise UsageError(
+                f"{folder} holds no controller of an environment; --{name.replace('_', '-')} does not apply to it"
+            )
     function = read_config(folder)["config"].get("function")
     if function:
         raise UsageError(
             f"{folder} was trained on the Python function '{function}', which its folder does not hold; "
             "measure it from Python, with guerdon.launch.load"
         )
-    trained = launch.load(folder, device=options.device)
     untrained = launch.load(folder, untrained=True, device=options.device)
     header: list[str] | None = None
     for number in steps:
@@ -120,3 +143,77 @@ def evaluate(folder: str, options: Any) -> Iterator[str]:
                 )
             shown = "".join(f"  {figures[name]:>{max(len(name), 8)}.4g}" for name in header)
             yield f"{number or '':>6}  {label:<7}{shown}"
+
+
+# --- controllers ------------------------------------------------------------------------------------------
+
+# options of ``guerdon evaluate`` that are about episodes, and their defaults
+_OF_EPISODES: dict[str, Any] = {
+    "episodes": EPISODES,
+    "seed": SEED,
+    "stochastic": False,
+    "video": None,
+    "env": None,
+    "env_options": None,
+}
+
+
+def _holds_model(folder: str) -> bool:
+    """Whether ``folder`` is a saved controller rather than a run."""
+    return isinstance(read_json(Path(folder) / "config.json").get("policy"), str)
+
+
+def _saved_controller(folder: str) -> Controller:
+    small = read_json(Path(folder) / "config.json")["policy"] == SmallController.__name__
+    return load_small_controller(folder) if small else load_controller(folder)
+
+
+def _episodes(controller: Controller, task: Control | None, folder: str, options: Any) -> Iterator[str]:
+    if options.steps:
+        raise UsageError(f"{folder} holds a controller, which takes no sampling steps; leave out --steps")
+    if options.env is None and task is None:
+        raise UsageError(f"{folder} is a model, not a run, so it names no environment; give one with --env")
+    # options that a run was trained with hold for its own environment
+    env_options = dict(task.env_options) if options.env is None and task is not None else {}
+    env_options |= parse_options(options.env_options)
+    film = None
+    if options.video is not None:
+        film = Film(options.video)
+        env_options = {"render_mode": "rgb_array", **env_options}
+    env_id = options.env if task is None or options.env is not None else task.env_id
+    count = min(max(options.episodes, 1), EPISODES)
+    environments = make(env_id, count, options.seed, **env_options)
+    try:
+        played = control.evaluate(
+            controller, environments, options.episodes, not options.stochastic, options.seed, film
+        )
+    finally:
+        environments.close()
+    figures = played.figures()
+    yield f"{'episodes':>8}" + "".join(f"  {name:>8}" for name in figures)
+    yield f"{options.episodes:>8}" + "".join(f"  {value:>8.4g}" for value in figures.values())
+    if film is not None:
+        film.save()
+        yield f"film of the first environment, {film.frames} pictures: {film.path}"
+
+
+def export(folder: str, options: Any) -> Iterator[str]:
+    """Write the controller in ``folder`` (a run or a saved model) to a file for use elsewhere; yields what to say.
+
+    Raises `UsageError` where there is no controller, and as `guerdon.export.export` does.
+    """
+    from guerdon.export import export as write
+
+    if _holds_model(folder):
+        controller: Any = _saved_controller(folder)
+    elif (Path(folder) / "config.json").is_file():
+        controller = launch.load(folder, device="cpu").actor.model
+    else:
+        raise UsageError(f"there is no run at {folder}")
+    if not isinstance(controller, Controller):
+        raise UsageError(
+            f"{folder} holds a {controller.kind} policy; only controllers of environments are exported"
+        )
+    out = options.out or f"controller.{'h' if options.format == 'c' else 'onnx'}"
+    said = write(controller, out, options.format)
+    yield f"{out}: {said}"

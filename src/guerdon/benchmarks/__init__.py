@@ -16,7 +16,11 @@ from typing import Any
 
 from guerdon.errors import UsageError, nearest
 
-BENCHMARKS = {"roles": "what the frame costs", "images": "sampling and training of the tiny image models"}
+BENCHMARKS = {
+    "roles": "what the frame costs",
+    "images": "sampling and training of the tiny image models",
+    "control": "controllers beside Stable-Baselines3",
+}
 
 
 def take_turns(

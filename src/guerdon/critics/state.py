@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from guerdon.batch import Trajectories
+from guerdon.critics.heads import ValueHead
 from guerdon.policies.base import masked
+from guerdon.policies.features import Features, orthogonal
 from guerdon.policies.language import LanguagePolicy
 
 
@@ -91,3 +94,57 @@ class DenoisingCritic(nn.Module):
         hidden = nn.functional.silu(hidden * (1 + scale2[..., None, None]) + shift2[..., None, None])
         hidden = nn.functional.silu(self.third(hidden)).mean((2, 3))
         return masked(self.head(hidden).reshape(rows, steps), traj.mask)
+
+
+class StateCritic(nn.Module):
+    """Values of observations, for controllers.
+
+    Args:
+        features: from observations to feature vectors.
+        head: kind of value head (`ValueHead`), with ``options`` for it.
+        init: ``"orthogonal"`` (PPO's: gain sqrt 2, head 1) or ``"default"`` (PyTorch's).
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        head: str = "mse",
+        init: Literal["orthogonal", "default"] = "orthogonal",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.features = features
+        self.head = ValueHead(features.width, 1, head, **options)  # type: ignore[arg-type]
+        if init == "orthogonal":
+            orthogonal(features)
+            if head == "mse":
+                nn.init.orthogonal_(self.head.weight[0], 1.0)
+                nn.init.zeros_(self.head.bias)
+
+    def raw(self, observation: Any) -> Tensor:
+        """What the head puts out for observations ``[...]``: ``[...]``, or ``[..., bins]``."""
+        return self.head.select(self.head(self.features(observation)), 0)
+
+    def values(self, observation: Any) -> Tensor:
+        """``[...]``, the values of observations."""
+        return self.head.mean(self.raw(observation))
+
+    def value(self, traj: Trajectories) -> Tensor:
+        """``[B, T]``."""
+        return masked(self.values(traj.inputs["step", "observation"]), traj.mask)
+
+    def losses(self, traj: Trajectories, target: Tensor) -> Tensor:
+        """``[B, T]``, the head's loss of each step's value against ``target``."""
+        return masked(self.head.loss(self.raw(traj.inputs["step", "observation"]), target), traj.mask)
+
+    def next_value(self, traj: Trajectories) -> Tensor:
+        """``[B, T]``, the value of the state after each step: the next column, or where an episode or the row
+        was cut, that of ``inputs["final"]``. Meaningless (and unread) where a step terminated."""
+        value = traj.value if traj.value is not None else self.value(traj)
+        following = torch.zeros_like(value)
+        following[:, :-1] = value[:, 1:]
+        final = traj.inputs["final"]
+        at, used = final["step"].clamp(min=0), final["step"] >= 0
+        cut = self.values(final["observation"])
+        rows = torch.arange(len(at), device=at.device)[:, None].expand_as(at)
+        return following.index_put((rows[used], at[used]), cut[used])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -144,6 +144,8 @@ class Prompted:
             are batched.
     """
 
+    unit: Literal["trajectory", "step"] = "trajectory"
+
     def __init__(self, prompts: Prompts | Sequence[str], group_size: int = 1, seed: int = 0) -> None:
         if group_size < 1:
             raise UsageError(f"group_size must be at least 1, not {group_size}")
@@ -171,6 +173,10 @@ class Prompted:
     def _options(self, seeds: Tensor, group_size: int) -> dict[str, Any]:
         """Further options for the sampler that follow from the rows."""
         return {}
+
+    def statistics(self, traj: Trajectories) -> dict[str, Tensor]:
+        """``reward``: the mean score."""
+        return {"reward": traj.score().mean()}
 
     def state_dict(self) -> dict[str, int]:
         """The cursor: prompts drawn and rows made."""

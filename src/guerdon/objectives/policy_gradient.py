@@ -30,7 +30,7 @@ def clipped_surrogate(
     log_prob: Float[Tensor, "batch step"],
     old_log_prob: Float[Tensor, "batch step"],
     advantage: Float[Tensor, "batch step"],
-    clip: float,
+    clip: float | Tensor,
     *,
     clip_high: float | None = None,
     dual_clip: float | None = None,
@@ -96,7 +96,7 @@ def drift(
     log_prob: Float[Tensor, "batch step"],
     old_log_prob: Float[Tensor, "batch step"],
     mask: Bool[Tensor, "batch step"],
-    clip: tuple[float, float] | None = None,
+    clip: tuple[float | Tensor, float | Tensor] | None = None,
 ) -> Metrics:
     """How far the policy has moved from the one that acted; both log-probabilities are zero where masked.
 
@@ -210,14 +210,14 @@ class ClippedSurrogate(_Regularised):
     Reads ``log_prob`` and ``advantage`` of the batch, and the reference if ``kl`` is not zero.
 
     Attributes:
-        clip, clip_high, dual_clip: see `clipped_surrogate`.
+        clip, clip_high, dual_clip: see `clipped_surrogate`. A ``clip`` that changes between updates is a 0-d tensor.
 
     Metrics (means over real steps whatever the reduction): ``loss``, ``ratio_deviation_max``,
     ``clip_fraction``, ``approx_kl``; ``kl`` and ``entropy`` where they have a coefficient.
     Raises `UsageError` on a clip range that makes no sense, `ShapeError` on a batch that lacks a field.
     """
 
-    clip: float = 0.2
+    clip: float | Tensor = 0.2
     clip_high: float | None = None
     dual_clip: float | None = None
 

@@ -59,7 +59,8 @@ class ValueRegression:
     Attributes:
         clip: PPO's clipped value loss (Schulman et al., 2017, as in the published code): the larger of the
             losses of the value and of the value kept within ``clip`` of ``batch.value``.
-        loss: ``"mse"`` (no factor of one half) or ``"huber"``; delta: where Huber's becomes linear.
+        loss: ``"mse"`` (no factor of one half) or ``"huber"``; delta: where Huber's becomes linear. A critic
+            whose head is categorical brings its own, and cannot be clipped.
         reduction: see `reduction.reduce`.
         coefficient: what the loss is multiplied by (0.5 where a paper writes half the square).
 
@@ -96,9 +97,12 @@ class ValueRegression:
             raise ShapeError(
                 "ValueRegression needs batch.target, which is missing: compute it with guerdon.credit first"
             )
+        metrics: Metrics = {}
+        head = getattr(critic, "head", None)
+        if getattr(head, "categorical", False):
+            return self._by_classification(critic, batch, target)
         value = critic.value(batch)
         losses = self._losses(value, target)
-        metrics: Metrics = {}
         if self.clip is not None:
             old = batch.value
             if old is None:
@@ -115,3 +119,11 @@ class ValueRegression:
             loss = loss * self.coefficient
         metrics["loss"] = loss.detach()
         return loss, metrics
+
+    def _by_classification(self, critic: Any, batch: Trajectories, target: Tensor) -> tuple[Tensor, Metrics]:
+        if self.clip is not None:
+            raise UsageError(
+                "ValueRegression: a categorical value head has no clipped loss; leave out the clip"
+            )
+        loss = reduce(critic.losses(batch, target), batch.mask, self.reduction) * self.coefficient
+        return loss, {"loss": loss.detach(), "border_share": critic.head.border_share(target)}

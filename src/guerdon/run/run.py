@@ -73,6 +73,7 @@ class Run:
         headline: the metric that the progress shows.
         resume: continue the run in ``folder`` from its newest checkpoint.
         max_seconds: end a loop with the step in which the run has taken this long, interruptions not counted.
+        until: end a loop with the step in which the headline metric reaches this.
 
     Raises:
         UsageError: ``folder`` already holds a run and ``resume`` is false, or an argument is out of range.
@@ -95,6 +96,7 @@ class Run:
         headline: str = "reward",
         resume: bool = False,
         max_seconds: float | None = None,
+        until: float | None = None,
     ) -> None:
         for name, value, least in (("keep", keep, 1), ("checkpoint_steps", checkpoint_steps, 1)):
             if value is not None and value < least:
@@ -105,7 +107,7 @@ class Run:
         self.config: dict[str, Any] = dict(config or {})
         self.state: dict[str, Any] = {}
         self.generator = torch.Generator()
-        self._max_seconds = max_seconds
+        self._max_seconds, self._until = max_seconds, until
         self._given_config = config
         self._every, self._every_steps, self._keep = checkpoint_every, checkpoint_steps, keep
         self._log, self._show, self._headline, self._resume = tuple(log), progress, headline, resume
@@ -204,7 +206,7 @@ class Run:
         """The end of a step, and of its loop, that was left by ``break``."""
         if self._open:
             self._position.finished = True
-            self._end_step(last=True)
+            self._end_step(self._finite(self._meter.take()), last=True)
             self._close_bar()
 
     def _write_last_words(self) -> None:
@@ -306,11 +308,12 @@ class Run:
                 self._open = True
                 self._step_started = time.perf_counter()
                 yield step
-                out_of_time = self._out_of_time()
-                if out_of_time:
+                metrics = self._finite(self._meter.take())
+                enough = self._out_of_time() or self._reached(metrics)
+                if enough:
                     self._position.finished = True
-                self._end_step(last=out_of_time or step + 1 == total)
-                if out_of_time:
+                self._end_step(metrics, last=enough or step + 1 == total)
+                if enough:
                     break
         finally:
             self._busy = False
@@ -318,6 +321,10 @@ class Run:
 
     def _out_of_time(self) -> bool:
         return self._max_seconds is not None and time.perf_counter() - self._started >= self._max_seconds
+
+    def _reached(self, metrics: Mapping[str, Any]) -> bool:
+        value = metrics.get(self._headline)
+        return self._until is not None and isinstance(value, (int, float)) and value >= self._until
 
     def _begin_loop(self, total: int) -> int:
         """Restore or save what a loop starts from; the number of its first step."""
@@ -344,9 +351,8 @@ class Run:
             self._meter.clear()  # what was logged before the loop is in the record of its first step already
         return total if position.finished else position.done
 
-    def _end_step(self, last: bool) -> None:
+    def _end_step(self, metrics: dict[str, Number | str | None], last: bool) -> None:
         self._open = False
-        metrics = self._finite(self._meter.take())
         step = self._position.step
         self._position.step += 1
         self._position.done += 1

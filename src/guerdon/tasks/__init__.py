@@ -25,6 +25,12 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
         ("consistency", "diffusion"),
         "text to image: handwritten digits from prompts such as 'a handwritten seven'",
     ),
+    "control": (
+        "guerdon.tasks.control",
+        "Control",
+        ("categorical", "gaussian", "deterministic"),
+        "any gymnasium environment (--env ID; CartPole-v1 or Pendulum-v1 when none is named)",
+    ),
     "bandit": (
         "guerdon.tasks.bandit",
         "Bandit",

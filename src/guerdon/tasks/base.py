@@ -11,7 +11,7 @@ from torch import nn
 
 from guerdon.batch import Trajectories
 from guerdon.errors import UsageError
-from guerdon.experience.prompts import Prompted
+from guerdon.experience.base import Experience
 from guerdon.feedback.base import Feedback
 from guerdon.policies.base import Policy
 from guerdon.roles import Role
@@ -25,11 +25,14 @@ class Pieces:
         model: path or hub name of a model.
         prompts: path of a prompts file (text, one a line, or JSONL with a ``prompt`` column).
         reward: name of a reward, ``file.py:function``, or a weighted sum such as ``a + 0.5*b``.
+        env: id of a gymnasium environment; env_options: its keyword arguments, a JSON object.
     """
 
     model: str | None = None
     prompts: str | None = None
     reward: str | None = None
+    env: str | None = None
+    env_options: str | None = None
 
 
 class Task(abc.ABC):
@@ -48,8 +51,19 @@ class Task(abc.ABC):
     kinds: ClassVar[tuple[str, ...]]
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
-    def __init__(self, pieces: Pieces | None = None) -> None:
+    def __init__(self, pieces: Pieces | None = None, method: Any = None) -> None:
         self.pieces = pieces or Pieces()
+        if self.pieces.env is not None and self.name != "control":
+            raise UsageError(f"task '{self.name}' has no environment to replace; leave out --task, or --env")
+
+    @classmethod
+    def recipe(cls, method: str, pieces: Pieces) -> Mapping[str, Any]:
+        """Option values for a method (by slug) with these pieces; see `recipes`."""
+        return cls.recipes.get(method, {})
+
+    def policy_kinds(self) -> tuple[str, ...]:
+        """Kinds of policy that fit the pieces given, best first."""
+        return self.kinds
 
     @abc.abstractmethod
     def policy(self, kind: str) -> Policy:
@@ -60,7 +74,7 @@ class Task(abc.ABC):
         raise UsageError(f"task '{self.name}' has no critic for a {policy.kind} policy; use --no-critic")
 
     @abc.abstractmethod
-    def experience(self, seed: int) -> Prompted:
+    def experience(self, seed: int) -> Experience:
         """Where steps come from."""
 
     @abc.abstractmethod
@@ -88,7 +102,8 @@ class Task(abc.ABC):
 
 @dataclass
 class Measured:
-    """What `Task.measure` found: ``figures`` by name (``reward`` among them) and the samples themselves."""
+    """What `Task.measure` found: ``figures`` by name (``reward`` among them) and the samples, where there are some
+    to show."""
 
     figures: dict[str, float]
-    samples: Trajectories
+    samples: Trajectories | None

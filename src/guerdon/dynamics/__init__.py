@@ -1,0 +1,1 @@
+"""Models of environments, and what plans with them."""

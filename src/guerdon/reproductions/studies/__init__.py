@@ -1,0 +1,1 @@
+"""Experiments on one part of a method, without an agent around it: seconds to a minute each."""
