@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
+from gymnasium import spaces
 from tensordict import TensorDict
 
-from experience.environments_for_tests import Counter
+from experience.environments_for_tests import ChoosesTwice, Counter
 from guerdon.batch import Trajectories, Transitions
 from guerdon.critics.greedy import Greedy
 from guerdon.policies.control import Categorical, Controller, Deterministic, Gaussian, SquashedGaussian
@@ -38,6 +40,67 @@ class PaysOne(Counter):
     def end(self) -> tuple[bool, bool]:
         ends = self.steps >= self.last
         return ends and self.ending == 1, ends and self.ending == 2
+
+
+class Match(gymnasium.Env):
+    """Eight times a number between -1 and 1, to be answered by itself (or by its third: 0, 1 or 2). Learned in a
+    thousand steps; the best return is 8."""
+
+    observation_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def __init__(self, discrete: bool = False) -> None:
+        self.discrete = discrete
+        self.action_space = spaces.Discrete(3) if discrete else spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self.left = 8
+        return self._ask(), {}
+
+    def _ask(self) -> np.ndarray:
+        self.asked = self.np_random.uniform(-1, 1, 1).astype(np.float32)
+        return self.asked
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        asked = float(self.asked[0])
+        if self.discrete:
+            reward = float(int(action) == int((asked + 1) * 1.5))
+        else:
+            reward = 1 - abs(float(action[0]) - asked)
+        self.left -= 1
+        return self._ask(), reward, self.left == 0, False, {}
+
+
+class Fails(Counter):
+    """Terminates every 5 steps, and fails in its own way at step ``after`` of its life, which no measurement lasts."""
+
+    def __init__(self, how: str = "raises", after: int = 12) -> None:
+        super().__init__()
+        self.how, self.after, self.life = how, after, 0
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        self.life += 1
+        return super().step(action)
+
+    def end(self) -> tuple[bool, bool]:
+        if self.life >= self.after and self.how == "raises":
+            raise ValueError("the arm left the table")
+        return self.steps >= 5, False
+
+    def show(self, action: float) -> Any:
+        seen = super().show(action)
+        if self.life >= self.after and self.how == "NaN":
+            seen[1] = np.nan
+        return seen[:2] if self.life >= self.after and self.how == "shape" else seen
+
+    def reward(self) -> float:
+        return np.inf if self.life >= self.after and self.how == "infinite reward" else 1.0
+
+
+for _entry in (Match, Fails, PaysOne, ChoosesTwice):
+    _id = f"{_entry.__name__}-v0"
+    if _id not in gymnasium.registry:
+        gymnasium.register(_id, entry_point=_entry, disable_env_checker=True)
 
 
 def features(size: int = 3, hidden: tuple[int, ...] = (8, 8), **options: Any) -> Features:

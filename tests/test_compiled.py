@@ -106,7 +106,7 @@ def test_pure_optimisers_are_torchs(described: Optimiser) -> None:
         parameter.grad = torch.randn(20)
         theta, state = described.pure(theta, parameter.grad, state, torch.tensor(described.lr))
         usual.step()
-        torch.testing.assert_close(theta, parameter.detach(), atol=1e-7, rtol=1e-5)
+        torch.testing.assert_close(theta, parameter.detach(), atol=1e-6, rtol=1e-5)
 
 
 # --- flat weights -----------------------------------------------------------------------------------------
@@ -504,7 +504,7 @@ def test_the_binary_gives_the_same_numbers(cache: Path, monkeypatch: pytest.Monk
                 5,
             ),
         ):
-            with pytest.raises(AssertionError, match="would be compiled"):
+            with pytest.raises(UsageError, match="would be compiled"):
                 r.fit(data, objective, minibatch=rows)
 
 

@@ -104,7 +104,7 @@ def test_others_are_read_and_not_trained() -> None:
     assert not equal(weights(actor), before[0][len(weights(target)) :])
     # the gradient that the actor's loss left in the critic is not taken along into the critic's next step
     twin = Role("critic", copy.deepcopy(critic.model), RoleSettings(Adam(1e-2), max_grad_norm=None))
-    twin.load_state_dict(critic.state_dict())
+    twin.load_state_dict(copy.deepcopy(critic.state_dict()))
     for c in (critic, twin):
         c.update(batch, SoftBellman(), target=target, actor=actor)
     assert equal(weights(critic), weights(twin))

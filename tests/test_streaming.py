@@ -11,6 +11,7 @@ from torch import nn
 
 from guerdon.compiled import FlatWeights
 from guerdon.errors import DataError, NonFiniteError, UsageError
+from guerdon.policies.control import load_controller
 from guerdon.policies.small import (
     Choice,
     Normal,
@@ -19,7 +20,6 @@ from guerdon.policies.small import (
     SmallNetwork,
     TorchNetwork,
     differentiable,
-    load_small_controller,
 )
 from guerdon.streaming import AdaptiveObGD, Learner, ObGD, TraceSGD, make_rule, sparse_init
 
@@ -330,9 +330,9 @@ def test_controllers_normalise_act_and_survive_saving(tmp_path, head, outputs):
     fast = controller.actor()(observation.numpy(), None)["action"]
     np.testing.assert_array_equal(fast, mode.detach().numpy())
     controller.save_pretrained(tmp_path)
-    loaded = load_small_controller(tmp_path)
+    loaded = load_controller(tmp_path)
     torch.testing.assert_close(loaded.mode(observation), mode)
     assert loaded.kind == controller.kind
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(DataError):
-        load_small_controller(tmp_path)
+        load_controller(tmp_path)

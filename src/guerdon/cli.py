@@ -206,8 +206,9 @@ def _help(owner: type) -> dict[str, str]:
 def _print_result(result: Any) -> None:
     print()
     names = [n for n in result.before if n in result.after]
-    width = max(len(n) for n in names)
-    print(f"{'':{width}}  {'before':>10}  {'after':>10}")
+    width = max((len(n) for n in names), default=0)
+    if names:
+        print(f"{'':{width}}  {'before':>10}  {'after':>10}")
     for name in names:
         print(f"{name:{width}}  {result.before[name]:>10.4g}  {result.after[name]:>10.4g}")
     print(f"\ntrained for {result.seconds:.0f} s; model and metrics in {result.folder}")

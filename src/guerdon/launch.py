@@ -68,6 +68,10 @@ class Result:
 def method_class(slug: str) -> type:
     """The class of a method in the catalog. Raises `UsageError` for an unknown or a planned one."""
     system = catalog.find(slug)
+    if system.family == "study":
+        raise UsageError(
+            f"'{system.slug}' is no method of its own ({system.summary}); see guerdon reproduce {system.slug}"
+        )
     if system.status != "ready" or system.method is None or system.cls is None:
         ready = ", ".join(s.slug for s in catalog.systems(status="ready"))
         raise UsageError(f"'{system.slug}' is planned, not built yet; ready: {ready}")
@@ -145,6 +149,17 @@ class _Assembly:
     roles: dict[str, Role]
     feedback: Feedback
     kind: str
+
+    @property
+    def trained(self) -> Role:
+        """The role that the run is about: the actor, or of methods that only predict, the critic."""
+        return self.roles["actor"] if "actor" in self.roles else self.roles["critic"]
+
+    def measure(self) -> Measured:
+        """What the task measures of the actor; nothing without one."""
+        if "actor" not in self.roles:
+            return Measured({}, None)
+        return self.task.measure(self.roles["actor"], self.feedback, **self.sampling)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -346,11 +361,10 @@ def _launch(
             from guerdon.feedback.functions import FunctionReward
 
             parts.feedback = FunctionReward(function)
-        actor = parts.roles["actor"]
         experience = parts.task.experience(seed)
         # Measured before the run's folder exists: a judge that fails costs nothing and leaves nothing behind.
         new = not folder.exists()
-        before = parts.task.measure(actor, parts.feedback, **parts.sampling)
+        before = parts.measure()
         run = Run(
             folder,
             engine=engine,
@@ -376,9 +390,9 @@ def _launch(
             start = time.perf_counter()
             method.train(run, **{name: available[name] for name in wants if name in available})
             seconds = time.perf_counter() - start
-            after = parts.task.measure(actor, parts.feedback, **parts.sampling)
+            after = parts.measure()
             pictures = _finish(folder, parts, before, after)
-        return Result(folder, before.figures, after.figures, pictures, actor, seconds)
+        return Result(folder, before.figures, after.figures, pictures, parts.trained, seconds)
     finally:
         engine.close()
 
@@ -410,7 +424,8 @@ def _nothing_left(folder: Path | None) -> Iterator[None]:
 def _finish(folder: Path, parts: _Assembly, before: Measured, after: Measured) -> list[str]:
     """Save the model and the report."""
     try:
-        parts.roles["actor"].save(folder / "model")
+        if hasattr(parts.trained.model, "save_pretrained"):
+            parts.trained.save(folder / "model")
         records = read_records(folder)
         pictures = parts.task.report(before, after, folder, records)
         pictures += _plots(folder, records)
@@ -426,6 +441,7 @@ def _plots(folder: Path, records: list[dict[str, Any]]) -> list[str]:
     from guerdon.run.plots import against_each_other, curves
 
     written = []
+    records = [r for r in records if "reward" in r]  # before the first episode has ended there is none
     keys = [key for key in ("reward", "accuracy") if records and key in records[0]]
     if len(records) > 1 and keys:
         written.append(
@@ -478,15 +494,19 @@ def load(folder: str | Path, *, untrained: bool = False, device: str = "auto") -
     config = read_config(folder)["config"]
     engine = LocalEngine(device, config.get("threads"))
     method = method_class(config["method"])(**config["options"])
-    parts = _assemble(config["method"], method, config["task"], Pieces(**config["pieces"]), engine)
+    with torch.random.fork_rng():
+        torch.manual_seed(read_config(folder)["seed"])
+        parts = _assemble(config["method"], method, config["task"], Pieces(**config["pieces"]), engine)
     step = 0
     if not untrained:
         newest = load_newest(folder)
         if newest is None:
             raise CheckpointError(f"{folder} has no usable checkpoint")
         step, payload = newest
-        parts.roles["actor"].load_state_dict(payload["objects"]["actor"])
-    return Loaded(parts.roles["actor"], parts.task, parts.feedback, parts.sampling, step)
+        name = "actor" if "actor" in parts.roles else "critic"
+        # only answers are wanted: the optimiser's state (compiled runs hold another kind) stays in the file
+        parts.trained.load_state_dict({**payload["objects"][name], "optimiser": None})
+    return Loaded(parts.trained, parts.task, parts.feedback, parts.sampling, step)
 
 
 __all__ = ["GuerdonError", "Loaded", "Result", "load", "read_records", "resume", "train"]

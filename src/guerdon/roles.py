@@ -387,7 +387,7 @@ class Role:
         except Exception as error:  # whatever tracing or the compiler say
             raise UsageError(
                 f"the update of '{self.name}' cannot be compiled ({type(error).__name__}: {error}); train with "
-                "--no-compile"
+                "--compile False"
             ) from error
         names = list(whole.names)
 

@@ -17,7 +17,6 @@ from guerdon.experience.environments import make
 from guerdon.policies.control import Controller, load_controller
 from guerdon.policies.pretrained import load_policy
 from guerdon.policies.saving import read_json
-from guerdon.policies.small import SmallController, load_small_controller
 from guerdon.randomness import row_seeds
 from guerdon.roles import Role
 from guerdon.run.config import read_config
@@ -111,7 +110,7 @@ def evaluate(folder: str, options: Any) -> Iterator[str]:
     """
     steps: list[int | None] = [*_steps(options.steps)] or [None]
     if _holds_model(folder):
-        yield from _episodes(_saved_controller(folder), None, folder, options)
+        yield from _episodes(load_controller(folder), None, folder, options)
         return
     if not (Path(folder) / "config.json").is_file():
         raise UsageError(f"there is no run at {folder}")
@@ -163,11 +162,6 @@ def _holds_model(folder: str) -> bool:
     return isinstance(read_json(Path(folder) / "config.json").get("policy"), str)
 
 
-def _saved_controller(folder: str) -> Controller:
-    small = read_json(Path(folder) / "config.json")["policy"] == SmallController.__name__
-    return load_small_controller(folder) if small else load_controller(folder)
-
-
 def _episodes(controller: Controller, task: Control | None, folder: str, options: Any) -> Iterator[str]:
     if options.steps:
         raise UsageError(f"{folder} holds a controller, which takes no sampling steps; leave out --steps")
@@ -205,7 +199,7 @@ def export(folder: str, options: Any) -> Iterator[str]:
     from guerdon.export import export as write
 
     if _holds_model(folder):
-        controller: Any = _saved_controller(folder)
+        controller: Any = load_controller(folder)
     elif (Path(folder) / "config.json").is_file():
         controller = launch.load(folder, device="cpu").actor.model
     else:

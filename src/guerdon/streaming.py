@@ -189,7 +189,7 @@ class Learner:
 
     def reset(self) -> None:
         """``z <- 0``."""
-        self.trace *= 0.0
+        self.trace[:] = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Trace and what the rule remembers; the weights belong to the role."""

@@ -61,7 +61,7 @@ def test_layers_begin_as_torchs_linear_layers_do() -> None:
     layer, usual = EnsembleLinear(8, 64, 200), nn.Linear(64, 1600)
     for found, expected in ((layer.weight, usual.weight), (layer.bias, usual.bias)):
         bound = 1 / math.sqrt(64)
-        assert float(found.abs().max()) <= bound
+        assert found.abs().max().item() <= bound
         assert float(found.std()) == pytest.approx(float(expected.std()), rel=0.05)
     # the values of an untrained critic are as large as published code's, not near zero
     assert float(critic(2).head.weight.abs().max()) == pytest.approx(1 / math.sqrt(8), rel=0.2)

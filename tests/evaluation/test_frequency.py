@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from tests.evaluation.environments_for_frequency import Chase
 
-from environments_for_frequency import Chase
 from guerdon.errors import UsageError
 from guerdon.evaluation.frequency import (
     LENGTHS,

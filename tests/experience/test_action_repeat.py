@@ -4,8 +4,8 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from tests.experience.environments_for_tests import Counter, Terminates, Truncates
 
-from environments_for_tests import Counter, Terminates, Truncates
 from guerdon.errors import UsageError
 from guerdon.experience.action_repeat import SequenceSteps, make_repeating
 from guerdon.experience.environments import make

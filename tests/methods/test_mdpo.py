@@ -39,10 +39,8 @@ class Watched(Role):
         before = [p.detach().clone() for p in self.model.parameters()]
         metrics = super().update(batch, objective, **others)
         after = [p.detach().clone() for p in self.model.parameters()]
-        weight = float(objective.kl) if hasattr(objective, "kl") else None
-        self.calls.append(
-            {"batch": batch, "kl": weight, "others": others, "before": before, "after": after, **metrics}
-        )
+        call = {"batch": batch, "weight": float(objective.kl), "before": before, "after": after}
+        self.calls.append(call | metrics)
         return metrics
 
 
@@ -85,7 +83,7 @@ def test_m_steps_a_round_start_at_the_old_policy_which_stays(tmp_path: Path) -> 
     assert len(calls) == 12
     for k in range(3):
         steps = calls[4 * k : 4 * k + 4]
-        assert [c["kl"] for c in steps] == pytest.approx([1 / method.step_size(k)] * 4)
+        assert [c["weight"] for c in steps] == pytest.approx([1 / method.step_size(k)] * 4)
         # the first gradient is taken at pi_k: no divergence, ratio 1; then it moves
         assert float(steps[0]["ratio_deviation_max"]) < 1e-5
         assert float(steps[3]["ratio_deviation_max"]) > 1e-3
@@ -100,7 +98,7 @@ def test_m_steps_a_round_start_at_the_old_policy_which_stays(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_bandit_is_solved(reverse: bool, tmp_path: Path) -> None:
-    method = MDPOOn(rounds=60, samples=128, m=5, lr=0.05, critic_lr=0.05, reverse=reverse)
+    method = MDPOOn(rounds=30, samples=128, m=5, lr=0.1, critic_lr=0.05, value_epochs=2, reverse=reverse)
     _, before, after = learn(method, Bandit(), tmp_path)
     assert before["expected"] == pytest.approx(Bandit.uniform, abs=1e-5)
     assert after["expected"] > Bandit.uniform + 0.9 * (Bandit.best - Bandit.uniform)
@@ -109,13 +107,13 @@ def test_a_bandit_is_solved(reverse: bool, tmp_path: Path) -> None:
 def test_a_pole_is_balanced_longer_by_ten_steps_a_round_than_by_one(tmp_path: Path) -> None:
     returns = {}
     for m in (1, 10):
-        method = MDPOOn(rounds=12, samples=1024, m=m, lr=3e-3, critic_lr=1e-3, environments=8)
+        method = MDPOOn(rounds=8, samples=1024, m=m, lr=2e-3, critic_lr=1e-3, environments=8)
         task = Control(Pieces(env="CartPole-v1"), method)
         _, before, after = learn(method, task, tmp_path / str(m))
         returns[m] = after["reward"]
     assert returns[10] > 80
-    assert returns[10] > 2 * before["reward"]
-    assert returns[10] > 1.5 * returns[1]
+    assert returns[10] > 4 * before["reward"]
+    assert returns[10] > 1.2 * returns[1]
 
 
 def test_the_baselines_share_the_parts() -> None:
@@ -151,17 +149,16 @@ class Aim(gymnasium.Env):
         return self._show(), reward, False, self.steps >= 10, {}
 
 
-def off_policy(
-    method: MDPOOff, folder: Path, resume: bool = False, watch: Any = None, act: Any = None
-) -> tuple[Any, Rollouts, Any]:
-    """Train on `Aim`; the actor, its experience, and the run."""
+def off_policy(method: MDPOOff, folder: Path, env: Any = Aim, resume: bool = False) -> Any:
+    """Train in ``env``; the actor."""
     engine, settings = LocalEngine("cpu", threads=1), method.roles()
     torch.manual_seed(0)
-    environments = make(Aim, method.environments, 0)
-    entries = describe(environments.observation_space)
-    actor = Watched(
-        "actor", SquashedGaussian(Features(entries, method.hidden, "relu"), [-1.0], [1.0]), settings["actor"]
+    environments = make(env, method.environments, 0)
+    entries, space = describe(environments.observation_space), environments.action_space
+    policy = SquashedGaussian(
+        Features(entries, method.hidden, "relu"), space.low.tolist(), space.high.tolist()
     )
+    actor = Watched("actor", policy, settings["actor"])
     critic = engine.role(
         "critic", ActionCritic(Features(entries, ()), 1, hidden=method.hidden), settings=settings["critic"]
     )
@@ -174,10 +171,10 @@ def off_policy(
         run.track("experience", experience)
         method.train(run, actor=actor, experience=experience, critic=critic)
     engine.close()
-    return actor, experience, run
+    return actor
 
 
-SMALL: dict[str, Any] = {"hidden": (32, 32), "batch_size": 64, "buffer_size": 5000, "lr": 1e-3}
+SMALL: dict[str, Any] = {"hidden": (32,), "batch_size": 32, "buffer_size": 5000, "lr": 3e-3}
 
 
 def error(actor: Role) -> float:
@@ -189,8 +186,8 @@ def error(actor: Role) -> float:
 
 @pytest.mark.parametrize("q", [1.0, 1.5])
 def test_an_aim_is_learned_from_replay(q: float, tmp_path: Path) -> None:
-    method = MDPOOff(steps=1000, start=100, m=100, kl=0.3, entropy=0.02, q=q, gamma=0.5, **SMALL)
-    actor, _, _ = off_policy(method, tmp_path)
+    method = MDPOOff(steps=1000, start=500, m=100, kl=0.3, entropy=0.02, q=q, gamma=0.5, **SMALL)
+    actor = off_policy(method, tmp_path)
     assert math.isfinite(error(actor))
     assert error(actor) < 0.12  # an action of zero is off by 0.29
 
@@ -198,15 +195,15 @@ def test_an_aim_is_learned_from_replay(q: float, tmp_path: Path) -> None:
 def test_a_huge_weight_keeps_the_policy_near_the_old_one(tmp_path: Path) -> None:
     errors = {}
     for c in (0.3, 100.0):
-        method = MDPOOff(steps=1000, start=100, m=500, kl=c, entropy=0.02, gamma=0.5, **SMALL)
-        actor, _, _ = off_policy(method, tmp_path / str(c))
+        method = MDPOOff(steps=1000, start=500, m=250, kl=c, entropy=0.02, gamma=0.5, **SMALL)
+        actor = off_policy(method, tmp_path / str(c))
         errors[c] = error(actor)
     assert errors[100.0] > 1.5 * errors[0.3]
 
 
 @pytest.mark.parametrize("environments", [1, 4])
 def test_the_old_policy_is_refreshed_every_m_environment_steps(environments: int, tmp_path: Path) -> None:
-    method = MDPOOff(steps=1000, start=500, m=200, environments=environments, **{**SMALL, "hidden": (8,)})
+    method = MDPOOff(steps=1000, start=800, m=40, environments=environments, **{**SMALL, "hidden": (8,)})
     seen: list[tuple[int, Tensor]] = []
 
     class Recorded(SoftMirrorDescent):
@@ -217,14 +214,13 @@ def test_the_old_policy_is_refreshed_every_m_environment_steps(environments: int
     found = mdpo_off.SoftMirrorDescent
     mdpo_off.SoftMirrorDescent = Recorded  # type: ignore[misc]
     try:
-        actor, _, _ = off_policy(method, tmp_path)
+        actor = off_policy(method, tmp_path)
     finally:
         mdpo_off.SoftMirrorDescent = found  # type: ignore[misc]
     changes = [i for i in range(1, len(seen)) if not torch.equal(seen[i][1], seen[i - 1][1])]
-    # updates begin with the step that follows the 500th; one for each step, in turns of as many as environments
-    first = 500
-    expected = [step - environments - first for step in (600, 800, 1000)]
-    assert len(seen) == 500
+    # updates begin with the step that follows the 800th; one for each step, in turns of as many as environments
+    expected = [step - environments - 800 for step in (840, 880, 920, 960, 1000)]
+    assert len(seen) == 200
     assert changes == expected
     taken = [c["before"] for c in actor.calls]  # and it is the actor's newest weights that it takes
     names = [n for n, _ in actor.model.named_parameters()]
@@ -256,7 +252,17 @@ def test_it_acts_by_samples_or_by_its_mean(tmp_path: Path) -> None:
 
 def test_a_time_limit_is_not_an_end_in_what_it_remembers(tmp_path: Path) -> None:
     method = MDPOOff(steps=1000, start=900, **{**SMALL, "hidden": (8,)})
-    actor, _, _ = off_policy(method, tmp_path)
+    actor = off_policy(method, tmp_path)
     batch = actor.calls[-1]["batch"]
     assert bool(batch.truncated.any())
     assert not bool(batch.terminated.any())
+
+
+def test_a_run_that_stopped_goes_on_bit_exactly(tmp_path: Path) -> None:
+    small = {"start": 950, "m": 70, **SMALL, "hidden": (8,)}
+    whole = off_policy(MDPOOff(steps=2000, **small), tmp_path / "whole", "Pendulum-v1")
+    off_policy(MDPOOff(steps=1000, **small), tmp_path / "parts", "Pendulum-v1")
+    parts = off_policy(MDPOOff(steps=2000, **small), tmp_path / "parts", "Pendulum-v1", resume=True)
+    assert len(parts.calls) == 1000
+    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        assert torch.equal(a, b)

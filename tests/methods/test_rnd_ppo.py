@@ -11,6 +11,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from tests.experience.environments_for_tests import Terminates
 from torch import Tensor
 
 from guerdon.credit import gae, normalise
@@ -53,6 +54,7 @@ class Training:
         resume: bool = False,
         env: Environments | None = None,
         watch: Any = None,
+        compile: Any = None,
         **settings: Any,
     ) -> None:
         torch.manual_seed(seed)
@@ -69,7 +71,7 @@ class Training:
 
         actor = make_controller("gaussian", features(), env.action_space)
         models = {"actor": actor, "critic": StateCritic(features(actor.features.scaler))}
-        engine = LocalEngine("cpu", threads=1)
+        engine = LocalEngine("cpu", threads=1, compile=compile)
         with Run(
             folder,
             engine=engine,
@@ -230,6 +232,22 @@ def test_in_two_streams_novelty_knows_no_episodes_and_the_reward_does(
             torch.testing.assert_close(intrinsic["answer"][0][:, t], running, rtol=1e-4, atol=1e-5)
 
 
+def test_nothing_is_worth_anything_after_a_terminated_step_but_novelty_is(
+    tmp_path: Path, advantages: list[dict[str, Any]]
+) -> None:
+    """Every fifth step terminates. (Observations without bounds: there is no grid to count coverage on.)"""
+    training = Training(tmp_path / "run", RNDPPO(**SMALL), env=make(Terminates, 4, 0))
+    assert "coverage" not in training.objects
+    for extrinsic, intrinsic in zip(advantages[::2], advantages[1::2], strict=True):
+        terminated, truncated = extrinsic["flags"]
+        assert terminated.any()
+        assert not truncated.any()
+        advantage, _ = extrinsic["answer"]
+        alone = extrinsic["reward"] - extrinsic["value"]
+        torch.testing.assert_close(advantage[terminated], alone[terminated])
+        assert (intrinsic["answer"][0] != intrinsic["reward"] - intrinsic["value"])[terminated].all()
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
 def test_two_streams_are_weighted_then_standardised(
     schedule: Any, tmp_path: Path, advantages: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
@@ -327,6 +345,23 @@ def test_critics_share_what_normalises_observations(tmp_path: Path) -> None:
     scalers = {id(training.objects[n].model.features.scaler) for n in ("actor", "critic", "intrinsic_critic")}
     assert len(scalers) == 1
     assert training.objects["predictor"].model.features.scaler.limit == 5.0
+
+
+def test_whole_updates_traced_as_one_function_train_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything but the C++ compiler, which would take its time."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def traced(function: Any, examples: Any) -> Any:
+        graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+        return lambda inputs: graph(*inputs)
+
+    monkeypatch.setattr("guerdon.compiled.compile_function", traced)
+    method = RNDPPO(**SMALL, normalise_observation=True)
+    plain, whole = Training(tmp_path / "a", method), Training(tmp_path / "b", method, compile="update")
+    for name in ("actor", "critic", "intrinsic_critic", "predictor"):
+        torch.testing.assert_close(whole.weights(name), plain.weights(name), rtol=1e-3, atol=1e-4)
 
 
 # --- what is refused --------------------------------------------------------------------------------------

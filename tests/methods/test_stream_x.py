@@ -478,3 +478,37 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, target):
     again = Training(tmp_path / "run", method(), make(env_id, 1, 5), resume=True, checkpoint_steps=1)
     assert torch.equal(again.weights(), whole.weights())
     assert again.records == whole.records
+
+
+@pytest.mark.parametrize("method", [StreamQ, StreamAC])
+def test_a_run_whose_environment_cannot_be_saved_goes_on_in_a_new_episode_without_old_traces(
+    tmp_path, method, monkeypatch
+):
+    class KilledError(Exception):
+        pass
+
+    traces = []
+    forward, broken = Learner.accumulate, make("CartPole-v1", 1, 5, "gymnasium")
+    assert not broken.saveable
+    step, calls = broken.step, iter(range(150))
+
+    def killed(action):
+        if next(calls, None) is None:
+            raise KilledError
+        return step(action)
+
+    broken.step = killed
+    made = method(steps=300, log_every=100, hidden=(16, 16))
+    with pytest.raises(KilledError):
+        Training(tmp_path / "run", made, broken, checkpoint_steps=1)
+    monkeypatch.setattr(
+        Learner,
+        "accumulate",
+        lambda self, *a: (traces.append(np.abs(self.trace).sum()), forward(self, *a))[1],
+    )
+    again = Training(
+        tmp_path / "run", made, make("CartPole-v1", 1, 5, "gymnasium"), resume=True, checkpoint_steps=1
+    )
+    assert traces[0] == 0
+    assert max(traces) > 0
+    assert [r["steps"] for r in again.records] == [100, 200, 300]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from guerdon import compiled
 from guerdon.batch import Transitions
 from guerdon.critics.action import ActionCritic
 from guerdon.dynamics.one_step import OneStepModel
@@ -14,8 +15,10 @@ from guerdon.objectives.sequence import (
     SequenceImprovement,
     TimeAwareBellman,
 )
+from guerdon.optim import Adam
 from guerdon.policies.action_sequence import Encoder, SequenceGaussian
 from guerdon.policies.features import Entry, Features
+from guerdon.roles import Role, RoleSettings
 
 N, S, A, J = 6, 3, 2, 4
 
@@ -266,3 +269,40 @@ def test_a_latent_model_foresees_what_the_slow_encoder_makes_of_observations():
     assert gradient(loss, slow).abs().sum() == 0
     found = SequenceImprovement(J)(actor, batch(), critic=models(latent=5)[1], recalled=model)[0]
     assert torch.isfinite(found)
+
+
+# --- whole updates ----------------------------------------------------------------------------------------
+
+
+def traced(function, examples):
+    """What is compiled, as it was traced."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+    return lambda inputs: graph(*inputs)
+
+
+@pytest.mark.parametrize(("recall", "latent"), [("model", 0), ("model", 5), ("backprop", 0), ("replay", 0)])
+def test_whole_updates_can_be_traced_and_equal_plain_ones(monkeypatch, recall, latent):
+    monkeypatch.setattr(compiled, "compile_function", traced)
+    runs = batch(rows=N * J, draws=1, weight=torch.ones(N * J))
+    found = {}
+    for compile in (False, "update"):
+        names = ("actor", "critic", "target", "model")
+        settings = RoleSettings(Adam(1e-3), max_grad_norm=None, compile=compile)
+        roles = {n: Role(n, m, settings) for n, m in zip(names, models(latent), strict=True)}
+        actor, critic, target, model = roles.values()
+        recalled = {"recalled": model} if recall in ("model", "backprop") else {}
+        slow = model.copy(frozen=True)
+        for seed in range(2):  # the second with other weights and numbers than it was traced with
+            critic.update(batch(draws=2, seed=seed), SequenceBellman(), target=target, actor=actor)
+            if latent:
+                model.update(runs, LatentPrediction(J), target=slow)
+                actor.model.take_encoder(model.model.encoder)
+            else:
+                model.update(batch(seed=seed), OneStepPrediction(), actor=actor)
+            data = runs if recall == "replay" else batch(seed=seed)
+            actor.update(data, SequenceImprovement(J, recall=recall), critic=critic, **recalled)
+        found[compile] = [p.detach().clone() for r in roles.values() for p in r.model.parameters()]
+    for plain, whole in zip(found[False], found["update"], strict=True):
+        torch.testing.assert_close(plain, whole, atol=1e-5, rtol=1e-4)

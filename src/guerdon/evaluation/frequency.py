@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from guerdon.dynamics.one_step import Shooting
 from guerdon.errors import UsageError, nearest
@@ -51,8 +52,9 @@ def frequency_averaged_score(returns: Mapping[int, float], maximum: float, offse
     lengths = sorted(returns)
     if len(lengths) < 2 or lengths[0] != 1:
         raise UsageError(f"the score needs returns at length 1 and at longer ones, not at {lengths}")
-    values = [returns[length] + offset for length in lengths]
-    return float(np.trapezoid(values, lengths)) / (lengths[-1] * maximum)
+    values = torch.tensor([returns[length] + offset for length in lengths], dtype=torch.float64)
+    area = torch.trapezoid(values, torch.tensor(lengths, dtype=torch.float64))
+    return area.item() / (lengths[-1] * maximum)
 
 
 def score_of(env_id: str, returns: Mapping[int, float]) -> float:

@@ -59,7 +59,7 @@ class SequenceSteps:
         """Take ``steps`` steps in every environment; ``random`` ones are uniform and chosen step by step."""
         env = self.experience.environments
         observation = env.reset() if env.observation is None else env.observation
-        space = env.action_space
+        space: Any = env.action_space
         for _ in range(steps):
             if random:
                 action = self.random.uniform(space.low, space.high, (env.n, *space.shape)).astype(np.float32)

@@ -57,7 +57,7 @@ MUJOCO = dict.fromkeys(
 )
 
 # Environments of this library's own that gymnasium knows once their module is imported.
-OWN = {"guerdon/Warehouse": "guerdon.tasks.warehouse"}
+OWN = {"guerdon/Warehouse": "guerdon.tasks.warehouse", "guerdon/Series": "guerdon.tasks.series"}
 
 
 class EnvironmentFailure(GuerdonError):  # noqa: N818

@@ -145,9 +145,10 @@ class SequenceImprovement(_Rows):
         length: J, actions in a sequence; the batch's ``noise`` is ``[N, J, A]``.
         target_entropy: of a single action, in nats.
         alpha: the temperature, where the actor has none of its own.
-        recall: ``"model"``; ``"backprop"``, the gradient flows through the model and only the last action is judged
-            (an ablation); ``"replay"``, the states that followed in the memory, where other actions were taken
-            (no model; the batch holds runs of ``length`` rows); ``"none"``, ``s_j = s_0``.
+        recall: ``"model"``; or an ablation: ``"backprop"``, the gradient flows through the model and only the last
+            action is judged (the published code asks the critic one foreseen state later, after that action);
+            ``"replay"``, the states that followed in the memory, where other actions were taken (no model; the batch
+            holds runs of ``length`` rows); ``"none"``, ``s_j = s_0``.
         time_aware: the critic is told j.
 
     Metrics: ``loss``, ``entropy``, ``alpha``.
@@ -197,9 +198,11 @@ class SequenceImprovement(_Rows):
         state = actor.state(batch.observation)
         if self.recall == "none":
             return state[:, None].expand(-1, self.length, -1)
-        taken = actions if self.recall == "backprop" else actions.detach()
-        states = [state]
+        through = self.recall == "backprop"
+        taken, states = actions if through else actions.detach(), [state]
         for j in range(self.length - 1):
             state = recalled(state, taken[:, j])
+            if not through:  # whether or not the model's weights learn
+                state = state.detach()
             states.append(state)
         return torch.stack(states, 1)

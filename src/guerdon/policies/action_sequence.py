@@ -47,6 +47,8 @@ class SequenceGaussian(SquashedGaussian):
 
     kind: ClassVar[str] = "gaussian"
     name: ClassVar[str] = "sequence"
+    scale: Tensor
+    centre: Tensor
 
     def __init__(
         self,

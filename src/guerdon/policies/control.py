@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -64,6 +64,12 @@ class Controller(Policy):
     def learn_temperature(self, initial: float = 1.0) -> None:
         """Give the controller a temperature of its own, learned beside its weights (Haarnoja et al., 2018)."""
         self.log_temperature = nn.Parameter(torch.tensor(math.log(initial)))
+
+    @classmethod
+    def build(cls, features: Mapping[str, Any], **settings: Any) -> Controller:
+        """A fresh controller from the plain data that its file holds: what the features' and its own ``settings``
+        gave."""
+        return cls(Features.from_settings(features), **settings)
 
     # -- to be supplied ------------------------------------------------------------------------------------
 
@@ -151,8 +157,7 @@ def load_controller(folder: str | Path) -> Controller:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         cls = controller_class(config.pop("policy"))
-        features = Features.from_settings(config.pop("features"))
-        controller = cls(features, **config)
+        controller = cls.build(config.pop("features"), **config)
         controller.load_state_dict(load_file(str(folder / "model.safetensors")))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DataError(f"{folder} holds no controller that can be read: {error}") from error
@@ -483,6 +488,7 @@ CLASSES: dict[str, type[Controller] | str] = {
     "squashed": SquashedGaussian,
     "deterministic": Deterministic,
     "greedy": "guerdon.critics.greedy:Greedy",
+    "small": "guerdon.policies.small:SmallController",
 }
 
 

@@ -175,7 +175,9 @@ class Features(nn.Module):
         for name, entry in self.entries.items():
             value = observation[name] if name else observation
             if entry.kind == "one_hot":
-                parts.append(torch.nn.functional.one_hot(value.long(), entry.shape[0]).float())
+                # torch's own one_hot looks at the values, which a traced update cannot
+                places = torch.arange(entry.shape[0], device=value.device)
+                parts.append((value.unsqueeze(-1) == places).float())
             elif entry.kind == "vector":
                 parts.append(
                     value.flatten(value.ndim - entry.rank).float() if entry.rank != 1 else value.float()

@@ -9,10 +9,8 @@ weights stay those of the torch module, in the same memory.
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 from guerdon import normalise
 from guerdon.batch import Trajectories
 from guerdon.compiled import FlatWeights
-from guerdon.errors import DataError, UsageError, nearest
+from guerdon.errors import UsageError, nearest
 from guerdon.objectives import divergence
 from guerdon.policies.control import Controller
 from guerdon.streaming import sparse_init
@@ -311,6 +309,11 @@ class SmallController(Controller):
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("variance", torch.ones(shape, dtype=torch.float64))
 
+    @classmethod
+    def build(cls, features: Mapping[str, Any], **settings: Any) -> SmallController:
+        """See `Controller.build`."""
+        return cls(SmallNetwork(**features), **settings)
+
     @torch.no_grad()
     def take_statistics(self, statistics: normalise.RunningMeanStd) -> None:
         """Normalise by these from now on (``variance`` is that of the sample)."""
@@ -356,22 +359,3 @@ class SmallController(Controller):
 
     def settings(self) -> dict[str, Any]:
         return {"head": self.head_name, "timed": self.timed}
-
-
-def load_small_controller(folder: str | Path) -> SmallController:
-    """The controller that `SmallController.save_pretrained` wrote into ``folder``.
-
-    Raises `DataError` when there is none, or a damaged one."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if config.pop("policy") != SmallController.name:
-            raise ValueError("it is another kind of controller")
-        controller = SmallController(SmallNetwork(**config.pop("features")), **config)
-        controller.load_state_dict(load_file(str(folder / "model.safetensors")))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise DataError(f"{folder} holds no small controller that can be read: {error}") from error
-    return controller

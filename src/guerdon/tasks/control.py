@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
+from guerdon import catalog
 from guerdon.batch import Trajectories
 from guerdon.critics.action import ActionCritic
 from guerdon.critics.state import StateCritic
@@ -230,23 +232,13 @@ def parse_options(text: str | None) -> dict[str, Any]:
 
 
 def default_environment(method: Any) -> str:
-    """What ``guerdon train METHOD`` trains on when no ``--env`` is given."""
-    slug = method if isinstance(method, str) else ""
-    cls = None if isinstance(method, str) or method is None else type(method)
-    named = getattr(cls, "default_env", None)
-    if named is not None:
-        return named
-    if slug:
-        from guerdon import catalog
+    """What ``guerdon train METHOD`` trains in when no ``--env`` is given: the method's own ``default_env``.
 
-        return _DEFAULTS.get(
-            slug, "CartPole-v1" if "categorical" in catalog.find(slug).policies else "Pendulum-v1"
-        )
-    return _DEFAULTS.get(_slug(cls), "CartPole-v1")
-
-
-_DEFAULTS = {"sac": "Pendulum-v1", "td3": "Pendulum-v1"}
-
-
-def _slug(cls: type | None) -> str:
-    return "" if cls is None else cls.__module__.rpartition(".")[2]
+    Args:
+        method: an instance, or a slug of the catalog.
+    """
+    cls = type(method)
+    if isinstance(method, str):
+        row = catalog.find(method)
+        cls = getattr(importlib.import_module(row.method), row.cls) if row.method and row.cls else object
+    return getattr(cls, "default_env", "CartPole-v1")

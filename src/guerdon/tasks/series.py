@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
@@ -122,3 +123,15 @@ class Series(VectorEnv):
 def make_series(seed: int, length: int = 68_000, **settings: Any) -> Environments:
     """The series as `Environments`, ready for a stream."""
     return Environments(Series(seed, length, **settings), "series", seed, "array")
+
+
+def series(num_envs: int = 1, seed: int = 0, length: int = 68_000, **settings: Any) -> Series:
+    """`Series` as gymnasium makes vector environments: ``--env guerdon/Series-v0``. Raises `UsageError` for more
+    than one."""
+    if num_envs != 1:
+        raise UsageError(f"there is one series, not {num_envs}; leave out --environments")
+    return Series(seed, length, **settings)
+
+
+if "guerdon/Series-v0" not in gymnasium.registry:
+    gymnasium.register("guerdon/Series-v0", entry_point=None, vector_entry_point=series)

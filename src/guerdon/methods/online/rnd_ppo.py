@@ -115,6 +115,7 @@ class RNDPPO:
                 )
                 run.log(bonus=novel.mean(), bonus_weight=weight)
                 if self.mode == "sum":
+                    assert traj.reward is not None
                     traj.reward = traj.reward + weight * novel
             traj.value = critic.value(traj)
             advantage, traj.target = gae(

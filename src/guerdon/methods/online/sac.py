@@ -23,6 +23,7 @@ class SAC:
 
     controllers: ClassVar[Mapping[str, str]] = {"gaussian": "squashed"}
     critic_kind: ClassVar[str] = "action"
+    default_env: ClassVar[str] = "Pendulum-v1"
 
     steps: int = 1_000_000  # environment steps
     start: int = 10_000  # steps of random actions before learning

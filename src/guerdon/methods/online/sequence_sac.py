@@ -95,9 +95,10 @@ class SequenceSAC:
         )
         prediction, foresight = OneStepPrediction(), LatentPrediction(self.horizon, self.decay)
 
-        report, n = 1000, experience.environments.n  # environment steps in one record of the metrics
-        for _ in run.steps(-(-self.steps // report), what="thousand steps"):
-            for _ in range(0, report, n):
+        n = experience.environments.n
+        record = n * max(1, 1000 // n)  # environment steps in one record of the metrics
+        for _ in run.steps(-(-self.steps // record), what="thousand steps"):
+            for _ in range(0, record, n):
                 warm = experience.taken < self.start
                 acting.advance(1, into=replay, random=warm)
                 for _ in range(0 if warm else n):

@@ -103,6 +103,9 @@ class StreamAC:
 
         for record in run.steps(-(-self.steps // self.log_every)):
             count = min(self.log_every, self.steps - record * self.log_every)
+            if stream.fresh:  # also where a resumed run had to leave an episode
+                policy.reset()
+                value.reset()
             errors, overshoots = 0.0, 0
 
             for noise in draw(count, width, generator=run.generator).numpy():

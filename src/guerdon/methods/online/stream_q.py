@@ -105,6 +105,9 @@ class StreamQ:
             count = min(self.log_every, self.steps - first)
             chances = torch.rand(count, 4, generator=run.generator).tolist()
             ahead: int | None = run.state.pop("action", None)  # what SARSA has chosen already
+            if stream.fresh:  # also where a resumed run had to leave an episode
+                learner.reset()
+                ahead = None
             errors, overshoots = 0.0, 0
 
             for t, (now, which, later, which_later) in enumerate(chances, first + 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from guerdon.streaming import Learner, RuleName, make_rule
 @dataclass
 class StreamTD:
     """Prediction from a stream; the environment goes its own way, whatever the action."""
+
+    default_env: ClassVar[str] = "guerdon/Series-v0"
 
     steps: int = 68_000  # steps of the series, and of the optimiser
     gamma: float = 0.99  # discount of what comes later
@@ -72,6 +75,8 @@ class StreamTD:
 
         for record in run.steps(-(-self.steps // self.log_every)):
             count = min(self.log_every, self.steps - record * self.log_every)
+            if stream.fresh:  # also where a resumed run had to leave an episode
+                learner.reset()
             errors = 0.0
             for _ in range(count):
                 v, tape = learner.forward(stream.observation)

@@ -20,6 +20,7 @@ class TD3:
 
     controllers: ClassVar[Mapping[str, str]] = {"deterministic": "deterministic"}
     critic_kind: ClassVar[str] = "action"
+    default_env: ClassVar[str] = "Pendulum-v1"
 
     steps: int = 1_000_000  # environment steps
     start: int = 25_000  # steps of random actions before learning
