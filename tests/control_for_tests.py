@@ -63,10 +63,8 @@ class Match(gymnasium.Env):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
         asked = float(self.asked[0])
-        if self.discrete:
-            reward = float(int(action) == int((asked + 1) * 1.5))
-        else:
-            reward = 1 - abs(float(action[0]) - asked)
+        right = (asked + 1) * 1.5  # between 0 and 3
+        reward = float(action == int(right)) if self.discrete else 1 - abs(float(action[0]) - asked)
         self.left -= 1
         return self._ask(), reward, self.left == 0, False, {}
 

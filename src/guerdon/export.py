@@ -74,6 +74,8 @@ class _Scale(nn.Module):
     def __init__(self, mean: Tensor, scale: Tensor, limit: float) -> None:
         super().__init__()
         self.limit = limit
+        self.mean: Tensor
+        self.scale: Tensor
         self.register_buffer("mean", mean)
         self.register_buffer("scale", scale)
 
@@ -95,6 +97,8 @@ class _Deployed(nn.Module):
         self.names = list(_entries(controller))
         self.clips = _bounds(controller) is not None
         low, high = _bounds(controller) or ([], [])
+        self.low: Tensor
+        self.high: Tensor
         self.register_buffer("low", torch.tensor(low))
         self.register_buffer("high", torch.tensor(high))
 
@@ -265,7 +269,7 @@ def _read(source: _Source, entries: dict[str, Entry]) -> tuple[int, str]:
 
 def _layers(source: _Source, controller: Controller) -> int:
     """Statements of all layers but the head; returns the width that they end in."""
-    network = controller.features
+    network: Any = controller.features
     if isinstance(controller, SmallController):
         mean, scale = controller.mean.float(), (controller.variance + 1e-8).rsqrt().float()
         size = source.width
@@ -310,7 +314,7 @@ def _layers(source: _Source, controller: Controller) -> int:
 def _answer(source: _Source, controller: Controller, width: int) -> tuple[str, str, str]:
     """Statements of the head; the function's signature, a constant about the action, and words about it."""
     if isinstance(controller, Greedy):
-        head = controller.head
+        head: Any = controller.head
         source.linear("head", head.weight[0], head.bias[0, 0])
         if head.categorical:
             source.call(
@@ -318,8 +322,9 @@ def _answer(source: _Source, controller: Controller, width: int) -> tuple[str, s
             )
         return _choice(source, controller.actions)
     if isinstance(controller, SmallController):
-        head, size = controller.features.head, controller.size
-        source.linear("head", head.weight[:size].T, head.bias[:size])
+        small: Any = controller.features.head
+        size = controller.size
+        source.linear("head", small.weight[:size].T, small.bias[:size])
         return _numbers_out(source, size) if controller.head_name == "normal" else _choice(source, size)
     if isinstance(controller, Categorical):
         source.linear("head", controller.head.weight.T, controller.head.bias)
@@ -335,11 +340,11 @@ def _answer(source: _Source, controller: Controller, width: int) -> tuple[str, s
         constant = f"#define GUERDON_ACTION {count} /* ints that come out, each from 0 */"
         return "void guerdon_act(const float *observation, int *action)", constant, f"int action[{count}]"
     squashes = isinstance(controller, (SquashedGaussian, Deterministic))
-    head = controller.mean if isinstance(controller, SquashedGaussian) else controller.head
-    size = source.linear("head", head.weight.T, head.bias)
+    last: Any = controller.mean if isinstance(controller, SquashedGaussian) else controller.head
+    size = source.linear("head", last.weight.T, last.bias)
     if squashes:
         source.call("tanh", size)
-        scale, centre = _numbers(controller.scale), _numbers(controller.centre)
+        scale, centre = _numbers(controller.scale), _numbers(controller.centre)  # type: ignore[arg-type]
         source.call("affine", size, source.array("half_range", scale), source.array("centre", centre))
     low, high = _bounds(controller) or ([], [])
     source.call("clip", size, source.array("low", low), source.array("high", high))

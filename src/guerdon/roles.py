@@ -262,7 +262,7 @@ class Role:
             NonFiniteError: the loss or the gradient is not finite; the weights are as before.
         """
         if self._whole is not None:
-            return self.fit(batch, objective, epochs=1, **others)
+            return self.fit(batch, objective, **others)  # type: ignore[arg-type]
         if self._optimiser is None:
             raise UsageError(f"role '{self.name}' has no optimiser, so it cannot be updated")
         settings = self.settings
@@ -381,7 +381,7 @@ class Role:
 
         flat = {name: other.flat_weights() for name, other in others.items()}
         try:
-            step = whole.prepare(leaves, rebuild, objective, flat, None if size == rows else size)
+            step: Any = whole.prepare(leaves, rebuild, objective, flat, None if size == rows else size)
         except GuerdonError:
             raise
         except Exception as error:  # whatever tracing or the compiler say

@@ -99,7 +99,9 @@ def natural_step(
     direction = conjugate_gradient(product, -gradient, iterations)
     curvature = direction @ product(direction)
     if not math.isfinite(loss) or not math.isfinite(curvature):
-        raise NonFiniteError("the natural gradient is not finite; the weights are unchanged")
+        error = NonFiniteError("the natural gradient is not finite; the weights are unchanged")
+        error.batch = batch  # type: ignore[attr-defined]
+        raise error
     nothing = torch.zeros_like(loss)
     stays = {"loss": loss, "improvement": nothing, "kl": nothing, "step_share": nothing}
     if curvature <= 0:  # the gradient is zero

@@ -35,7 +35,7 @@ def test_it_begins_as_ppos_does() -> None:
     critic = StateCritic(features(size=8))
     weight = critic.features.layers[0].weight
     torch.testing.assert_close(weight @ weight.T, 2.0 * torch.eye(8), atol=1e-5, rtol=1e-5)
-    assert float(critic.head.weight.norm()) == pytest.approx(1.0)
+    assert critic.head.weight.norm().item() == pytest.approx(1.0)
     assert not critic.head.bias.any()
 
 

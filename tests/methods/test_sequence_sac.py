@@ -45,9 +45,7 @@ class Training:
             policy = Control(Pieces(env=env), self.method).policy("gaussian")
         assert isinstance(policy, SequenceGaussian)
         self.folder = folder
-        with Run(
-            folder, engine=engine, seed=seed, progress=False, resume=resume, checkpoint_every=1e9
-        ) as run:
+        with Run(folder, engine=engine, seed=seed, progress=False, resume=resume, checkpoint_steps=1) as run:
             self.actor = run.role("actor", policy, settings=self.method.roles()["actor"])
             run.track("experience", experience)
             self.method.train(run, self.actor, experience)
@@ -197,15 +195,15 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
         pass
 
     def killed(self, action):
-        if self._steps == 1100:
+        if self._steps == 1010:
             raise KilledError
         return type(self).step(self, action)
 
-    options = {"steps": 2000, "length": 4}
+    options = {"steps": 2000, "length": 3}
     whole = Training(tmp_path / "whole", **options)
-    options["start"] = 960
     with pytest.raises(KilledError):
         Training(tmp_path / "run", broken=killed, **options)
+    assert load_newest(tmp_path / "run")[0] == 1  # forty updates, and a sequence under way, lie before it
     again = Training(tmp_path / "run", resume=True, **options)
     assert torch.equal(weights(again.actor), weights(whole.actor))
     assert again.records == whole.records

@@ -66,10 +66,8 @@ def test_q_learning_row_by_row(double: bool, huber: bool) -> None:
         best = (net.q(following)[0] if double else q).argmax()
         y = batch.reward[i] + (0.0 if batch.terminated[i] else 0.9) * q[best].detach()
         error = net.q(batch.observation[i : i + 1])[0, batch.action[i]] - y
-        if huber:
-            loss = 0.5 * error**2 if error.abs() < 1 else error.abs() - 0.5
-        else:
-            loss = error**2
+        near = 0.5 * error**2 if error.abs() < 1 else error.abs() - 0.5
+        loss = near if huber else error**2
         losses.append(batch.weight[i] * loss)
     loss, metrics = QLearning(double, huber)(net, batch, target)
     torch.testing.assert_close(loss, torch.stack(losses).mean())
@@ -105,7 +103,7 @@ def test_q_learning_with_a_categorical_head(head: str) -> None:
             for j in range(9):
                 place = (float(batch.reward[i] + follows[i] * atoms[j]) + 4.0) / width
                 place = min(max(place, 0.0), 8.0)
-                low = min(int(math.floor(place)), 7)
+                low = min(math.floor(place), 7)
                 share[i, low] += p[i, j].item() * (1 - (place - low))
                 share[i, low + 1] += p[i, j].item() * (place - low)
         expected = -(share * taken.log_softmax(-1)).sum(-1)
@@ -245,7 +243,6 @@ def test_only_what_terminated_is_worth_nothing_afterwards(method: str) -> None:
     batch = transitions(actions=4 if method in ("dqn", "c51", "sac discrete") else None)
     batch.reward.fill_(1.0)
     fits = torch.where(batch.terminated, 1.0, value)
-    objective: Any
     if method in ("dqn", "c51"):
         if method == "c51":
             torch.manual_seed(0)

@@ -30,7 +30,7 @@ def test_the_thresholds_are_all_judged_and_can_fail():
     spoiled = (
         (
             "J = 8",
-            figures(-500),
+            figures(-900),
             {"frequency-averaged score, J = 8", "return when deciding every step, J = 8"},
         ),
         ("SAC-1", figures(-200), {"score, J = 8 over SAC-1"}),

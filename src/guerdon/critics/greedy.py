@@ -43,7 +43,7 @@ class Greedy(Controller):
     ) -> None:
         super().__init__(features)
         self.actions, self.head_kind, self.head_options = actions, head, dict(head_options or {})
-        self.head = ValueHead(features.width, actions, head, **self.head_options)
+        self.head = ValueHead(features.width, actions, head, **self.head_options)  # type: ignore[arg-type]
         self.epsilon = 0.0
         self.noise = ("uniform", 2)
 

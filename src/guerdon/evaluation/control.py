@@ -93,12 +93,12 @@ def evaluate(
             film.shoot(environments)
         noise = None
         if not deterministic:
-            drawn = {
+            draws: dict[str, Any] = {
                 "normal": random.standard_normal,
                 "gumbel": lambda shape: random.gumbel(size=shape),
                 "uniform": random.random,
-            }[kind]((n, size))
-            noise = drawn.astype(np.float32)
+            }
+            noise = draws[kind]((n, size)).astype(np.float32)
         step = environments.step(act(observation, noise)["action"])
         total += step.reward
         length += 1

@@ -385,7 +385,9 @@ def _auto(env_id: str | Callable, n: int, kwargs: dict) -> tuple[Backend, Vector
             pass
     if _only_vector(env_id):
         try:
-            return "array", gymnasium.make_vec(env_id, n, vectorization_mode="vector_entry_point", **kwargs)
+            return "array", gymnasium.make_vec(
+                str(env_id), n, vectorization_mode="vector_entry_point", **kwargs
+            )
         except TypeError as error:
             raise UsageError(f"The environment {env_id} cannot be made: {error}") from error
     return "gymnasium", _in_a_row(env_id, n, kwargs)

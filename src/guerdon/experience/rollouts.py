@@ -102,11 +102,11 @@ class Rollouts:
             reward[t], terminated[t], truncated[t] = step.reward, step.terminated, step.truncated
             if step.final is not None:
                 for row in np.flatnonzero(step.truncated):
-                    cuts.append((int(row), t, _row(step.final, row)))
+                    cuts.append((int(row), t, _row(step.final, int(row))))
             observation = step.observation
         self.taken += n
         for row in np.flatnonzero(~(terminated[-1] | truncated[-1])):
-            cuts.append((int(row), steps - 1, _row(observation, row)))
+            cuts.append((int(row), steps - 1, _row(observation, int(row))))
         scaled = reward
         if self.scaler is not None:
             scaled = np.stack(
@@ -190,7 +190,8 @@ class Rollouts:
         return env.reset() if env.observation is None else env.observation
 
     def _random_action(self) -> np.ndarray:
-        space, n = self.environments.action_space, self.environments.n
+        space: Any = self.environments.action_space
+        n = self.environments.n
         if hasattr(space, "nvec"):
             return self.random.integers(0, space.nvec, (n, *space.shape))
         if hasattr(space, "n") and np.ndim(space.n) == 0:

@@ -117,7 +117,7 @@ class SoftBellman(_Rows):
             log_p = actor.logits(batch.next_observation).log_softmax(-1)
             q = target.q(batch.next_observation).amin(0)
             return (log_p.exp() * (q - alpha * log_p)).sum(-1)
-        action, log_prob = actor.draw(batch.next_observation, batch.noise[:, 1])
+        action, log_prob = actor.draw(batch.next_observation, batch.noise[:, 1])  # type: ignore[index]
         return target.q(batch.next_observation, action).amin(0) - alpha * log_prob
 
     def __call__(self, critic: Any, batch: Transitions, target: Any, actor: Any) -> tuple[Tensor, Metrics]:

@@ -107,7 +107,8 @@ class MirrorDescent:
                 "the first step"
             )
         pair = (batch.reference, distribution) if self.reverse else (distribution, batch.reference)
-        return divergence.kl(*pair, getattr(policy, "event_reduction", "sum"), batch.mask)
+        p, q = pair
+        return divergence.kl(p, q, getattr(policy, "event_reduction", "sum"), batch.mask)
 
     def __call__(self, policy: Any, batch: Trajectories) -> tuple[Tensor, Metrics]:
         advantage, mask = batch.advantage, batch.mask

@@ -112,7 +112,8 @@ def drift(
         "approx_kl": (deviation - log_ratio).sum() / steps,
     }
     if clip is not None:
-        metrics["clip_fraction"] = (deviation.clamp(-clip[0], clip[1]) != deviation).count_nonzero() / steps
+        kept = deviation.clamp(-clip[0], clip[1])  # type: ignore[arg-type]
+        metrics["clip_fraction"] = (kept != deviation).count_nonzero() / steps
     return metrics
 
 

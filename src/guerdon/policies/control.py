@@ -200,6 +200,7 @@ class Categorical(Controller):
             rows = forbidden.view(len(self.dials), self.actions)
             for row, positions in zip(rows, self.dials, strict=True):
                 row[positions:] = -math.inf
+        self.forbidden: Tensor
         self.register_buffer("forbidden", forbidden, persistent=False)
 
     @property
@@ -333,6 +334,8 @@ class SquashedGaussian(Controller):
         self.mean = nn.Linear(features.width, size)
         self.log_std = nn.Linear(features.width, size)
         low_, high_ = torch.tensor(self.low), torch.tensor(self.high)
+        self.scale: Tensor
+        self.centre: Tensor
         self.register_buffer("scale", (high_ - low_) / 2, persistent=False)
         self.register_buffer("centre", (high_ + low_) / 2, persistent=False)
         self.noise = ("normal", size)
@@ -427,6 +430,8 @@ class Deterministic(Controller):
         self.exploration = exploration
         self.head = nn.Linear(features.width, len(self.low))
         low_, high_ = torch.tensor(self.low), torch.tensor(self.high)
+        self.scale: Tensor
+        self.centre: Tensor
         self.register_buffer("scale", (high_ - low_) / 2, persistent=False)
         self.register_buffer("centre", (high_ + low_) / 2, persistent=False)
         self.noise = ("normal", len(self.low))

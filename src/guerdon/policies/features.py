@@ -92,6 +92,9 @@ class Scaler(nn.Module):
     def __init__(self, size: int, limit: float = 10.0) -> None:
         super().__init__()
         self.limit = limit
+        self.mean: Tensor
+        self.variance: Tensor
+        self.count: Tensor
         self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
         self.register_buffer("variance", torch.ones(size, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))

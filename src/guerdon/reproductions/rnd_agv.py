@@ -104,14 +104,15 @@ class Arrivals:
         self.last: deque[bool] = deque(maxlen=100)
 
     def score(self, traj: Trajectories) -> Tensor:
-        """``[B, T]``; logs the share of the last 100 episodes that arrived."""
+        """``[B, T]``; logs the share of the last 100 episodes that arrived (as long as there are fewer, those to come
+        count as failures)."""
         assert traj.reward is not None
         assert traj.terminated is not None
         assert traj.truncated is not None
         ended = (traj.terminated | traj.truncated).T
         self.last.extend(traj.terminated.T[ended].tolist())
-        if self.run is not None and self.last:
-            self.run.log(success=sum(self.last) / len(self.last))
+        if self.run is not None:
+            self.run.log(success=sum(self.last) / 100)
         return traj.terminated.float() if self.only else traj.reward
 
 
@@ -147,7 +148,7 @@ def _train(
 
 def _course(records: list[dict[str, Any]]) -> list[list[float]]:
     """Steps taken, cells visited and the share of the last 100 episodes that arrived."""
-    return [[int(r["steps"]), r["coverage"], round(r.get("success") or 0.0, 3)] for r in records]
+    return [[int(r["steps"]), r["coverage"], round(r["success"], 3)] for r in records]
 
 
 def drive(policy: Controller, scene: str, episodes: int = EPISODES, seed: int = 7_777) -> dict[str, float]:

@@ -74,8 +74,8 @@ class Task(abc.ABC):
         raise UsageError(f"task '{self.name}' has no critic for a {policy.kind} policy; use --no-critic")
 
     @abc.abstractmethod
-    def experience(self, seed: int) -> Experience:
-        """Where steps come from."""
+    def experience(self, seed: int) -> Any:
+        """Where steps come from: an `Experience`."""
 
     @abc.abstractmethod
     def feedback(self) -> Feedback:

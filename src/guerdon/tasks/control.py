@@ -177,7 +177,7 @@ class Control(Task):
         head = {"head": self._option("head", "mse"), **self._option("head_options", {})}
         if self._option("critic_kind", "state") == "state":
             return StateCritic(self._features(scaler=policy.features.scaler), **head)
-        space = self.environments.action_space
+        space: Any = self.environments.action_space
         hidden = tuple(self._option("hidden", (256, 256)))
         discrete = policy.kind == "categorical"
         if discrete and not hasattr(space, "n"):

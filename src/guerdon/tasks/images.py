@@ -152,9 +152,15 @@ class ImageTask(Task, abc.ABC):
         from guerdon.evaluation.pictures import grid
 
         folder = Path(folder)
+        assert before.samples is not None
+        assert after.samples is not None
         rows = self._distinct(before.samples)
         prompts = [before.samples.prompts[i] for i in rows]
-        notes = [[f"{score:.3g}" for score in m.samples.score()[rows].tolist()] for m in (before, after)]
+        notes = [
+            [f"{score:.3g}" for score in m.samples.score()[rows].tolist()]
+            for m in (before, after)
+            if m.samples is not None
+        ]
         picture = grid(
             [before.samples.images[rows].cpu(), after.samples.images[rows].cpu()],
             labels=["before", "after"],
