@@ -11,7 +11,6 @@ from torch import nn
 
 from guerdon.batch import Trajectories
 from guerdon.errors import UsageError
-from guerdon.experience.base import Experience
 from guerdon.feedback.base import Feedback
 from guerdon.policies.base import Policy
 from guerdon.roles import Role
@@ -75,7 +74,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def experience(self, seed: int) -> Any:
-        """Where steps come from: an `Experience`."""
+        """Where steps come from: an `Experience` (`guerdon.experience.base`)."""
 
     @abc.abstractmethod
     def feedback(self) -> Feedback:
