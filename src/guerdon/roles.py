@@ -24,6 +24,7 @@ from guerdon.compiled import FlatUpdate, FlatWeights
 from guerdon.errors import GuerdonError, NonFiniteError, UsageError, nearest
 from guerdon.objectives.base import Metrics, Objective
 from guerdon.optim import Optimiser
+from guerdon.policies.features import Scaler
 
 if TYPE_CHECKING:
     from guerdon.policies.lora import LoRA
@@ -501,6 +502,8 @@ class Role:
             return twin
         learns = {id(p) for p in _core(self.model).parameters()}
         memo: dict[int, Any] = {id(p): p for p in self.model.parameters() if id(p) not in learns}
+        # running statistics of observations are shared: a reference sees the same inputs as the role it was taken from
+        memo |= {id(m): m for m in self.model.modules() if isinstance(m, Scaler)}
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
         model = copy.deepcopy(self.model, memo)
         twin = Role.__new__(Role)
@@ -544,7 +547,8 @@ class Role:
             if pairs:
                 torch._foreach_lerp_([m for m, _ in pairs], [t for _, t in pairs], tau)
             for m, t in zip(_core(self.model).buffers(), _core(other.model).buffers(), strict=True):
-                m.copy_(t)
+                if m is not t:
+                    m.copy_(t)
         self._changed = True
         self._moved()
 

@@ -100,6 +100,8 @@ def evaluate(
             }
             noise = draws[kind]((n, size)).astype(np.float32)
         step = environments.step(act(observation, noise)["action"])
+        if hasattr(act, "begin"):  # it remembers what it did before in each row
+            act.begin(step.terminated | step.truncated)
         total += step.reward
         length += 1
         for row in np.flatnonzero(step.terminated | step.truncated):

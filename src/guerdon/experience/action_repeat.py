@@ -11,7 +11,7 @@ import numpy as np
 from guerdon.errors import UsageError
 from guerdon.experience.environments import Environments, make
 from guerdon.experience.replay import Replay
-from guerdon.experience.rollouts import Rollouts, _with_rows
+from guerdon.experience.rollouts import Rollouts, with_rows
 from guerdon.policies.action_sequence import OpenLoop
 from guerdon.randomness import mix
 from guerdon.roles import Role
@@ -71,7 +71,7 @@ class SequenceSteps:
             ended = step.terminated | step.truncated
             following = step.observation
             if step.final is not None:
-                following = _with_rows(following, step.final, ended)
+                following = with_rows(following, step.final, ended)
                 self.act.begin(ended)
             into.add(observation, action, step.reward, following, step.terminated, step.truncated)
             observation = step.observation

@@ -160,7 +160,7 @@ class Rollouts:
             step = env.step(action)
             following = step.observation
             if step.final is not None:
-                following = _with_rows(following, step.final, step.terminated | step.truncated)
+                following = with_rows(following, step.final, step.terminated | step.truncated)
             reward = step.reward
             if self.scaler is not None:
                 reward = self.scaler(reward, step.terminated | step.truncated)
@@ -273,10 +273,10 @@ def _row(value: Any, row: int) -> Any:
     return {k: v[row] for k, v in value.items()} if isinstance(value, dict) else value[row]
 
 
-def _with_rows(base: Any, other: Any, rows: np.ndarray) -> Any:
+def with_rows(base: Any, other: Any, rows: np.ndarray) -> Any:
     """``base`` with the ``rows`` (bool) of ``other``."""
     if isinstance(base, dict):
-        return {name: _with_rows(value, other[name], rows) for name, value in base.items()}
+        return {name: with_rows(value, other[name], rows) for name, value in base.items()}
     return np.where(rows.reshape(-1, *[1] * (base.ndim - 1)), other, base)
 
 

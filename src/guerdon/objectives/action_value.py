@@ -17,7 +17,7 @@ from guerdon.batch import Transitions
 from guerdon.objectives.base import Metrics
 
 
-class _Rows:
+class MeanOverRows:
     """Objectives whose loss is a mean over rows."""
 
     def weight(self, batch: Transitions) -> Tensor:
@@ -25,14 +25,14 @@ class _Rows:
         return torch.tensor(float(batch.batch_size[0]))
 
 
-def _continues(batch: Transitions) -> Tensor:
+def continues(batch: Transitions) -> Tensor:
     """``[N]``, the factor of what follows."""
     discount = batch.discount
     assert discount is not None
     return torch.where(batch.terminated, 0.0, discount)
 
 
-def _weighted(losses: Tensor, batch: Transitions) -> Tensor:
+def weighted_mean(losses: Tensor, batch: Transitions) -> Tensor:
     """The mean over the last axis, with importance weights where the replay gave some."""
     return (losses if batch.weight is None else losses * batch.weight).mean(-1)
 
@@ -41,7 +41,7 @@ def _weighted(losses: Tensor, batch: Transitions) -> Tensor:
 
 
 @dataclass
-class QLearning(_Rows):
+class QLearning(MeanOverRows):
     """``Q(s, a) <- r + gamma max_a' Q'(s', a')`` (Mnih et al., 2015) by the loss of the model's value head.
 
     Called with ``target``, the model whose values are the target.
@@ -66,7 +66,7 @@ class QLearning(_Rows):
             values = target.head.mean(raw)
             chooser = model.q(batch.next_observation) if self.double else values
             best = chooser.argmax(-1)
-            follows = _continues(batch)
+            follows = continues(batch)
             y = batch.reward + follows * values.gather(-1, best[:, None]).squeeze(-1)
             if target.head.kind != "c51":
                 return y, None
@@ -91,7 +91,7 @@ class QLearning(_Rows):
             losses = torch.nn.functional.smooth_l1_loss(raw, y, reduction="none")
         if head.categorical:
             metrics["border_share"] = head.border_share(y)
-        loss = _weighted(losses, batch)
+        loss = weighted_mean(losses, batch)
         return loss, {"loss": loss.detach(), "q": head.mean(raw).detach().mean(), **metrics}
 
 
@@ -99,7 +99,7 @@ class QLearning(_Rows):
 
 
 @dataclass
-class SoftBellman(_Rows):
+class SoftBellman(MeanOverRows):
     """SAC's critic (Haarnoja et al., 2018): every member of an ensemble fits
     ``r + gamma (min_i Q'_i(s', a') - alpha log pi(a'|s'))`` with a' drawn from the actor.
 
@@ -123,12 +123,12 @@ class SoftBellman(_Rows):
     def __call__(self, critic: Any, batch: Transitions, target: Any, actor: Any) -> tuple[Tensor, Metrics]:
         with torch.no_grad():
             alpha = temperature(actor, self.alpha)
-            y = batch.reward + _continues(batch) * self._next_value(batch, target, actor, alpha)
+            y = batch.reward + continues(batch) * self._next_value(batch, target, actor, alpha)
         return _fit(critic, batch, y, discrete=actor.kind == "categorical")
 
 
 @dataclass
-class TwinBellman(_Rows):
+class TwinBellman(MeanOverRows):
     """TD3's critic (Fujimoto et al., 2018): ``r + gamma min_i Q'_i(s', a')``, with a' the target actor's action
     plus clipped noise.
 
@@ -149,7 +149,7 @@ class TwinBellman(_Rows):
             noise = (self.smoothing * batch.noise[:, 1]).clamp(-self.clip, self.clip) * scale  # type: ignore[index]
             action = target_actor.mode(batch.next_observation) + noise
             action = torch.maximum(torch.minimum(action, centre + scale), centre - scale)
-            y = batch.reward + _continues(batch) * target.q(batch.next_observation, action).amin(0)
+            y = batch.reward + continues(batch) * target.q(batch.next_observation, action).amin(0)
         return _fit(critic, batch, y, discrete=False)
 
 
@@ -160,7 +160,7 @@ def _fit(critic: Any, batch: Transitions, y: Tensor, discrete: bool) -> tuple[Te
         raw = head.select(critic.raw(batch.observation), batch.action.long())
     else:
         raw = critic.raw(batch.observation, batch.action)
-    loss = _weighted(head.loss(raw, y), batch).sum()
+    loss = weighted_mean(head.loss(raw, y), batch).sum()
     metrics = {"loss": loss.detach(), "q": head.mean(raw).detach().mean()}
     if head.categorical:
         metrics["border_share"] = head.border_share(y)
@@ -177,7 +177,7 @@ def temperature(actor: Any, fallback: float | Tensor) -> Tensor | float:
 
 
 @dataclass
-class SoftImprovement(_Rows):
+class SoftImprovement(MeanOverRows):
     """SAC's actor: ``alpha log pi(a|s) - min_i Q_i(s, a)`` with a reparameterised a (exact for categorical actors),
     and the actor's temperature, if it has one, such that its entropy meets a target.
 
@@ -214,7 +214,7 @@ class SoftImprovement(_Rows):
 
 
 @dataclass
-class DeterministicImprovement(_Rows):
+class DeterministicImprovement(MeanOverRows):
     """TD3's (and DDPG's) actor: ``-Q_1(s, mu(s))``. Called with ``critic``."""
 
     def __call__(self, actor: Any, batch: Transitions, critic: Any) -> tuple[Tensor, Metrics]:

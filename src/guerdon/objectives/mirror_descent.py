@@ -128,7 +128,7 @@ class MirrorDescent:
 # --- from replay ------------------------------------------------------------------------------------------
 
 
-class _Rows:
+class MeanOverRows:
     """Objectives whose loss is a mean over rows."""
 
     def weight(self, batch: Transitions) -> Tensor:
@@ -152,7 +152,7 @@ def _log_density(raw: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 @dataclass
-class SoftMirrorDescent(_Rows):
+class SoftMirrorDescent(MeanOverRows):
     """Off-policy MDPO: ``c log_q pi(a|s) + q (entropy - c) log_q pi_k(a|s) - Q_1(s, a)`` with a reparameterised a
     (Tomar et al., 2022, eq. 12), the entropy term linearised at ``pi_k``; plus a small cost of ``mean^2`` and
     ``log_std^2``.
@@ -190,7 +190,7 @@ class SoftMirrorDescent(_Rows):
 
 
 @dataclass
-class ValueBellman(_Rows):
+class ValueBellman(MeanOverRows):
     """Action values from a state value: every member fits ``r + gamma V'(s')``, by half the square.
 
     Called with ``target``, the state critic's slow copy. Nothing follows where the episode terminated; where it was
@@ -207,7 +207,7 @@ class ValueBellman(_Rows):
 
 
 @dataclass
-class SoftValue(_Rows):
+class SoftValue(MeanOverRows):
     """A state value fits ``min_i Q_i(s, a) - entropy log_q pi(a|s)`` with a drawn from the actor, by half the square.
 
     Called with ``actor`` and ``critic``. Attributes as in `SoftMirrorDescent`.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from guerdon.batch import Transitions
-from guerdon.objectives.action_value import _continues, _Rows, _weighted, temperature
+from guerdon.objectives.action_value import MeanOverRows, continues, temperature, weighted_mean
 from guerdon.objectives.base import Metrics
 
 Recall = Literal["model", "backprop", "replay", "none"]
@@ -27,7 +27,7 @@ def at_time(state: Tensor, position: Tensor | float) -> Tensor:
 
 
 @dataclass
-class SequenceBellman(_Rows):
+class SequenceBellman(MeanOverRows):
     """SAC's critic at the time scale of single actions: ``r + gamma (min_i Q'_i(s', a') - alpha log pi(a'|s', a))``.
 
     ``a'`` is the first action of the sequence that the actor begins at s' after a. All rows are steps that were taken.
@@ -44,7 +44,7 @@ class SequenceBellman(_Rows):
             y = _soft_target(batch, target, actor, self.alpha)
             state = actor.state(batch.observation)
         raw = critic.raw(state, batch.action)
-        loss = _weighted(critic.head.loss(raw, y), batch).sum()
+        loss = weighted_mean(critic.head.loss(raw, y), batch).sum()
         return loss, {"loss": loss.detach(), "q": critic.head.mean(raw).detach().mean()}
 
 
@@ -58,11 +58,11 @@ def _soft_target(
     if position is not None:
         state = at_time(state, position)
     value = target.q(state, actions[:, 0]).amin(0) - temperature(actor, alpha) * log_probs[:, 0]
-    return batch.reward + _continues(batch) * value
+    return batch.reward + continues(batch) * value
 
 
 @dataclass
-class TimeAwareBellman(_Rows):
+class TimeAwareBellman(MeanOverRows):
     """A critic that is told how far into its sequence an action is, an ablation: ``Q(s_j, j, a_j)`` fits the reward and
     the soft value at position 0 of the state that followed, where ``s_j`` is what the model recalls after the actions
     taken from the run's first state.
@@ -87,7 +87,7 @@ class TimeAwareBellman(_Rows):
             position = torch.arange(float(self.length), device=y.device).expand(len(state), -1)
             timed = at_time(torch.stack(states, 1), position)
         raw = critic.raw(timed.flatten(0, 1), batch.action)
-        loss = (_weighted(critic.head.loss(raw, y), batch) / batch.weight.mean()).sum()  # type: ignore[union-attr]
+        loss = (weighted_mean(critic.head.loss(raw, y), batch) / batch.weight.mean()).sum()  # type: ignore[union-attr]
         return loss, {"loss": loss.detach(), "q": critic.head.mean(raw).detach().mean()}
 
 
@@ -97,7 +97,7 @@ def _runs(rows: Tensor, length: int) -> Tensor:
 
 
 @dataclass
-class OneStepPrediction(_Rows):
+class OneStepPrediction(MeanOverRows):
     """The model's mean squared error in the next state. Called with ``actor``, which makes states of observations."""
 
     def __call__(self, model: Any, batch: Transitions, actor: Any) -> tuple[Tensor, Metrics]:
@@ -107,7 +107,7 @@ class OneStepPrediction(_Rows):
 
 
 @dataclass
-class LatentPrediction(_Rows):
+class LatentPrediction(MeanOverRows):
     """Encoder and model together: from the encoded first state of a run the model foresees ``length`` latent states,
     which are compared with what the slow encoder makes of the observations; the j-th error counts ``decay**j``.
 
@@ -132,7 +132,7 @@ class LatentPrediction(_Rows):
 
 
 @dataclass
-class SequenceImprovement(_Rows):
+class SequenceImprovement(MeanOverRows):
     """The actor: ``sum_j (alpha log pi_j - min_i Q_i(s_j, a_j))`` over a sequence drawn from one observation, and the
     actor's temperature, if it has one, such that the entropy of an action, averaged over the sequence, meets a target.
 

@@ -494,6 +494,7 @@ CLASSES: dict[str, type[Controller] | str] = {
     "deterministic": Deterministic,
     "greedy": "guerdon.critics.greedy:Greedy",
     "small": "guerdon.policies.small:SmallController",
+    "sequence": "guerdon.policies.action_sequence:SequenceGaussian",
 }
 
 

@@ -52,7 +52,14 @@ THRESHOLDS = {
     "mountain car, RND-PPO, solved seeds (share)": 2 / 3,
     "mountain car, PPO, mean success": 0.2,
 }
-NOTES = "See docs/results.md for how settings and thresholds were found."
+NOTES = (
+    "Settings were found on seeds 100 and 101. What mattered: a predictor that learns at 1e-3 (at 1e-4 the bonus fades "
+    "everywhere alike instead of where the vehicle has been, and the maze took 450k steps instead of 280k); no "
+    "collision penalty, whose value estimates drown the bonus before the target is found; a discount of 0.995 and a "
+    "bonus that fades to zero (with 0.999 and a constant bonus the paths were 1.9 times the shortest, and success "
+    "wavered); a squashed Gaussian, whose mean starts at half speed. In the aisles random driving meets the target in "
+    "one episode of ten, so the reward weighs four times as much there. The steps of the warm-up count."
+)
 SEEN = (0, 20)  # of a vehicle's observation: pose and static lidar, on which novelty is judged
 EPISODES = 100  # of an evaluation
 

@@ -82,6 +82,15 @@ class Control(Task):
         },
         ("sac", "Pendulum-v1"): {"steps": 20_000, "lr": 1e-3, "start": 100},
         ("td3", "Pendulum-v1"): {"steps": 20_000, "lr": 1e-3, "start": 100},
+        ("sequence_sac", "Pendulum-v1"): {
+            "steps": 16_000,
+            "start": 1000,
+            "lr": 1e-3,
+            "batch_size": 128,
+            "hidden": (64,),
+            "critic_hidden": (64, 64),
+            "model_hidden": (64, 64),
+        },
         ("dqn", "CartPole-v1"): {
             "steps": 50_000,
             "lr": 1e-3,
@@ -153,6 +162,7 @@ class Control(Task):
             options = {"head": self._option("head", "mse"), "head_options": self._option("head_options", {})}
         if which in ("categorical", "gaussian") and self._option("init", None):
             options["init"] = self._option("init", None)
+        options |= self._option("controller_options", {})
         return self._with_temperature(
             make_controller(which, self._features(), self.environments.action_space, **options)
         )
