@@ -127,7 +127,7 @@ def test_observations_reach_the_statistics_of_actor_and_critic() -> None:
     before = float(policy.features.scaler.count)
     actor.observe(seen)
     assert float(critic.features.scaler.count) == before + 40
-    assert float(frozen.model.features.scaler.count) == before  # a copy has statistics of its own
+    assert frozen.model.features.scaler is policy.features.scaler  # a reference sees what the actor sees
     judge.observe(seen)
     assert float(policy.features.scaler.count) == before + 80
     frozen.follow(actor, tau=1.0)

@@ -25,6 +25,7 @@ from guerdon.errors import GuerdonError, NonFiniteError, UsageError, nearest
 from guerdon.objectives.base import Metrics, Objective
 from guerdon.optim import Optimiser
 from guerdon.policies.features import Scaler
+from guerdon.trust_region import natural_step
 
 if TYPE_CHECKING:
     from guerdon.policies.lora import LoRA
@@ -363,6 +364,20 @@ class Role:
                 break
         return _mean(total, updates)
 
+    def natural_step(self, batch: Batch, objective: Objective, **settings: Any) -> Metrics:
+        """One natural-gradient step on the whole batch, as long as a KL allows; needs no optimiser. ``settings`` and
+        figures as for `guerdon.trust_region.natural_step`.
+
+        Raises `UsageError` for a role that trains an adapter.
+        """
+        if self.settings.lora is not None:
+            raise UsageError(f"'{self.name}': a natural step moves whole weights; leave out lora")
+        figures = natural_step(self.flat_weights(), batch.to(self.device), objective, **settings)
+        self.updates += 1
+        self._changed = True
+        self._moved()
+        return figures
+
     def _compiled_pass(
         self,
         data: Batch,
@@ -634,7 +649,8 @@ def _leaves(data: Batch) -> dict[tuple[str, ...], Tensor]:
                 walk((*prefix, name), value)
 
     walk((), data._tensordict)  # type: ignore[attr-defined]
-    return {name: leaf for name, leaf in leaves.items() if name[0] not in _UNREAD}
+    # compiled functions know one layout: an expanded tensor (one deviation for all rows) would be read beyond its end
+    return {name: leaf.contiguous() for name, leaf in leaves.items() if name[0] not in _UNREAD}
 
 
 def _from_leaves(kind: type[Batch], leaves: dict[tuple[str, ...], Tensor]) -> Batch:

@@ -80,9 +80,9 @@ def test_every_step_lies_where_it_happened(env: Any, which: str) -> None:
             for name in ("reward", "terminated", "truncated"):
                 np.testing.assert_array_equal(getattr(traj, name)[:, t].numpy(), getattr(found, name))
             for row in range(3):
-                if found.truncated[row]:
+                if found.truncated[row] or found.terminated[row]:
                     finals[row, t] = _row(found.final, row)
-                elif t == 11 and not found.terminated[row]:
+                elif t == 11:
                     finals[row, t] = _row(found.observation, row)
             observation = found.observation
         final = traj.inputs["final"]

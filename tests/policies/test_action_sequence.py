@@ -117,7 +117,7 @@ def test_one_step_verbs_are_the_first_action_of_a_sequence():
     inputs = TensorDict({"step": TensorDict(step, batch_size=[2, 2])}, batch_size=[2])
     traj = Trajectories(inputs=inputs, log_prob=torch.zeros(2, 2), mask=torch.ones(2, 2, dtype=torch.bool))
     flat = observation, previous.view(4, 2)
-    mean, log_std = policy._parameters_at(*flat)
+    mean, log_std = policy.parameters_at(*flat)
     density = TransformedDistribution(
         Normal(mean, log_std.exp()), [TanhTransform(), AffineTransform(policy.centre, policy.scale)]
     )

@@ -70,7 +70,7 @@ class Rollouts:
         """``n`` steps, ``n / environments`` in each: `Trajectories` ``[environments, T]``.
 
         A row may hold several episodes; ``terminated`` and ``truncated`` tell where they end, and
-        ``inputs["final"]`` holds the observations that followed the last step and the truncated ones.
+        ``inputs["final"]`` holds the observations that followed the last step of an episode and of the row.
         Observations are stored as they came. Statistics that normalise them move only before the first step,
         so a log-probability computed afterwards is that of the acting policy.
 
@@ -101,7 +101,7 @@ class Rollouts:
             step = env.step(out["action"])
             reward[t], terminated[t], truncated[t] = step.reward, step.terminated, step.truncated
             if step.final is not None:
-                for row in np.flatnonzero(step.truncated):
+                for row in np.flatnonzero(step.terminated | step.truncated):
                     cuts.append((int(row), t, _row(step.final, int(row))))
             observation = step.observation
         self.taken += n

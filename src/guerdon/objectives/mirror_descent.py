@@ -139,7 +139,7 @@ class MeanOverRows:
 def _draw(actor: Any, batch: Transitions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The reparameterised ``action``, its value ``raw`` before tanh, and the Gaussian's ``mean`` and ``log_std``,
     all ``[N, A]``."""
-    mean, log_std = actor._parameters_at(batch.observation)
+    mean, log_std = actor.parameters_at(batch.observation)
     raw = mean + log_std.exp() * batch.noise[:, 0]  # type: ignore[index]
     return actor.squash(raw), raw, mean, log_std
 
@@ -177,7 +177,7 @@ class SoftMirrorDescent(MeanOverRows):
     def __call__(self, actor: Any, batch: Transitions, critic: Any, old: Any) -> tuple[Tensor, Metrics]:
         action, raw, mean, log_std = _draw(actor, batch)
         log_p = log_q(_log_density(raw, mean, log_std), self.q).sum(-1)
-        log_old = log_q(_log_density(raw, *old._parameters_at(batch.observation)), self.q).sum(-1)
+        log_old = log_q(_log_density(raw, *old.parameters_at(batch.observation)), self.q).sum(-1)
         value = critic.q(batch.observation, action)[0]
         losses = self.kl * log_p + self.q * (self.entropy - self.kl) * log_old - value
         cost = self.regulariser * (mean.square().mean() + log_std.square().mean())

@@ -151,7 +151,7 @@ class SequenceGaussian(SquashedGaussian):
         """``[N, A]``, the first action's squashed mean at states ``[N, S]``."""
         return self.squash(self._head(self.cell(previous_action, self._begin(state)))[0])
 
-    def _parameters_at(
+    def parameters_at(
         self, observation: Any, previous_action: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         hidden = self._begin(self.state(observation))
@@ -162,7 +162,7 @@ class SequenceGaussian(SquashedGaussian):
 
     def distribution(self, traj: Trajectories) -> TensorDict:
         step = traj.inputs["step"]
-        mean, log_std = self._parameters_at(step["observation"], step.get("previous_action", None))
+        mean, log_std = self.parameters_at(step["observation"], step.get("previous_action", None))
         return TensorDict({"mean": mean, "std": log_std.exp()}, batch_size=traj.mask.shape)
 
     # -- acting --------------------------------------------------------------------------------------------

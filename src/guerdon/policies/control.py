@@ -345,12 +345,13 @@ class SquashedGaussian(Controller):
         # published for actions in [-1, 1]; scaling the range shifts the entropy by the log of the scale
         return -float(len(self.low)) + float(self.scale.log().sum())
 
-    def _parameters_at(self, observation: Any) -> tuple[Tensor, Tensor]:
+    def parameters_at(self, observation: Any) -> tuple[Tensor, Tensor]:
+        """Mean and log deviation ``[..., A]`` of the value before tanh."""
         hidden = self.features(observation)
         return self.mean(hidden), self.log_std(hidden).clamp(*self.LOG_STD)
 
     def distribution(self, traj: Trajectories) -> TensorDict:
-        mean, log_std = self._parameters_at(_observation(traj))
+        mean, log_std = self.parameters_at(_observation(traj))
         return TensorDict({"mean": mean, "std": log_std.exp()}, batch_size=traj.mask.shape)
 
     def log_prob(self, traj: Trajectories, distribution: TensorDict | None = None) -> Tensor:
@@ -375,22 +376,22 @@ class SquashedGaussian(Controller):
 
     def draw_raw(self, observation: Any, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`draw`, with the value before tanh between the two."""
-        mean, log_std = self._parameters_at(observation)
+        mean, log_std = self.parameters_at(observation)
         raw = mean + log_std.exp() * noise
         log_prob = (-0.5 * noise.square() - log_std - _HALF_LOG_TAU).sum(-1) - self._stretch(raw)
         return self.squash(raw), raw, log_prob
 
     def log_prob_raw(self, observation: Any, raw: Tensor) -> Tensor:
         """``[N]``, of actions given by their value before tanh; differentiable in ``raw`` too."""
-        mean, log_std = self._parameters_at(observation)
+        mean, log_std = self.parameters_at(observation)
         gaussian = -0.5 * ((raw - mean) * (-log_std).exp()).square() - log_std - _HALF_LOG_TAU
         return gaussian.sum(-1) - self._stretch(raw)
 
     def mode(self, observation: Any) -> Tensor:
-        return self.squash(self._parameters_at(observation)[0])
+        return self.squash(self.parameters_at(observation)[0])
 
     def act(self, observation: Any, noise: Tensor | None) -> dict[str, Tensor]:
-        mean, log_std = self._parameters_at(observation)
+        mean, log_std = self.parameters_at(observation)
         raw = mean if noise is None else mean + log_std.exp() * noise
         return {"action": self.squash(raw), "raw": raw}
 

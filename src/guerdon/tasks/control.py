@@ -82,6 +82,14 @@ class Control(Task):
         },
         ("sac", "Pendulum-v1"): {"steps": 20_000, "lr": 1e-3, "start": 100},
         ("td3", "Pendulum-v1"): {"steps": 20_000, "lr": 1e-3, "start": 100},
+        ("mdpo_off", "Pendulum-v1"): {
+            "steps": 10_000,
+            "start": 1000,
+            "lr": 1e-3,
+            "m": 250,
+            "hidden": (128, 128),
+            "batch_size": 128,
+        },
         ("sequence_sac", "Pendulum-v1"): {
             "steps": 16_000,
             "start": 1000,
@@ -117,6 +125,8 @@ class Control(Task):
             "critic_lr": 3e-4,
         },
         "reinforce": {"rounds": 100, "samples": 2048, "lr": 3e-3},
+        "mdpo": {"rounds": 60, "environments": 8, "lr": 3e-3, "schedule": "constant"},
+        "trpo": {"rounds": 60, "environments": 8},
     }
 
     def __init__(self, pieces: Pieces | None = None, method: Any = None) -> None:

@@ -73,7 +73,7 @@ class MDPOOn:
                 lam=self.lam,
             )
             traj.advantage = normalise(advantage, traj.mask)  # this gives t_k its meaning
-            traj.reference = actor.distribution(traj).contiguous()  # pi_k, which stays while the actor moves
+            traj.reference = actor.distribution(traj)  # pi_k, which stays while the actor moves
             data = traj.as_rows() if experience.unit == "step" else traj
             objective.kl = torch.tensor(1.0 / self.step_size(k))
             actor.fit(data, objective, epochs=self.m)

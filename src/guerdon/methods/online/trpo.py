@@ -9,11 +9,10 @@ from guerdon.experience.base import Experience
 from guerdon.feedback.base import Feedback
 from guerdon.objectives.mirror_descent import MirrorDescent
 from guerdon.objectives.value import ValueRegression
-from guerdon.optim import SGD, Adam
+from guerdon.optim import Adam
 from guerdon.policies.features import Activation
 from guerdon.roles import Role, RoleSettings
 from guerdon.run import Run
-from guerdon.trust_region import natural_step
 
 
 @dataclass
@@ -43,7 +42,7 @@ class TRPO:
     def roles(self) -> dict[str, RoleSettings]:
         """How actor and critic are held and trained."""
         return {
-            "actor": RoleSettings(SGD()),  # the natural step chooses its own length
+            "actor": RoleSettings(),  # the natural step needs no optimiser
             "critic": RoleSettings(Adam(self.critic_lr, eps=1e-5), self.max_grad_norm),
         }
 
@@ -67,8 +66,7 @@ class TRPO:
             traj.advantage = normalise(advantage, traj.mask)
             traj.reference = actor.distribution(traj)
             data = traj.as_rows() if experience.unit == "step" else traj
-            step = natural_step(
-                actor.flat_weights(),
+            step = actor.natural_step(
                 data,
                 surrogate,
                 max_kl=self.max_kl,

@@ -13,7 +13,7 @@ from tensordict import TensorDict
 from guerdon.batch import Trajectories
 from guerdon.policies.control import make_controller
 from guerdon.policies.features import Features, describe
-from guerdon.reproductions import rnd_agv
+from guerdon.reproductions import rnd_ppo
 from guerdon.tasks.warehouse import Warehouse
 
 
@@ -42,10 +42,10 @@ def results(**changed: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
 
 
 def test_every_threshold_is_checked_and_good_results_pass() -> None:
-    checks = rnd_agv.judge(results())
-    assert {c.name for c in checks} == set(rnd_agv.THRESHOLDS)
+    checks = rnd_ppo.judge(results())
+    assert {c.name for c in checks} == set(rnd_ppo.THRESHOLDS)
     assert all(c.passed for c in checks)
-    assert set(results()) == set(rnd_agv.ARMS)
+    assert set(results()) == set(rnd_ppo.ARMS)
 
 
 @pytest.mark.parametrize(
@@ -68,21 +68,21 @@ def test_every_threshold_is_checked_and_good_results_pass() -> None:
     ],
 )
 def test_each_check_can_fail(arm: str, bad: dict[str, Any], name: str) -> None:
-    failed = {c.name for c in rnd_agv.judge(results(**{arm: bad})) if not c.passed}
+    failed = {c.name for c in rnd_ppo.judge(results(**{arm: bad})) if not c.passed}
     assert name in failed
 
 
 def test_no_arrival_is_no_short_path() -> None:
-    check = next(c for c in rnd_agv.judge(results(**{"maze RND-PPO": figures(0.0)})) if "path" in c.name)
+    check = next(c for c in rnd_ppo.judge(results(**{"maze RND-PPO": figures(0.0)})) if "path" in c.name)
     assert not check.passed
 
 
 def test_steps_to_a_share_and_coverage_at_a_time() -> None:
     f = {"course": [[10, 5, 0.0], [20, 7, 0.85], [30, 9, 0.5]]}
-    assert rnd_agv.steps_to(f) == 20
-    assert rnd_agv.steps_to(f, 0.9) == 30
-    assert rnd_agv.coverage_at(f, 25) == 7
-    assert rnd_agv.coverage_at(f) == 9
+    assert rnd_ppo.steps_to(f) == 20
+    assert rnd_ppo.steps_to(f, 0.9) == 30
+    assert rnd_ppo.coverage_at(f, 25) == 7
+    assert rnd_ppo.coverage_at(f) == 9
 
 
 def test_arrivals_are_the_ends_that_no_time_limit_made() -> None:
@@ -96,10 +96,10 @@ def test_arrivals_are_the_ends_that_no_time_limit_made() -> None:
         terminated=terminated,
         truncated=truncated,
     )
-    judge = rnd_agv.Arrivals(only=True)
+    judge = rnd_ppo.Arrivals(only=True)
     assert judge.score(traj).tolist() == [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
     assert list(judge.last) == [False, True, False]  # in the order of time
-    assert rnd_agv.Arrivals().score(traj).eq(7.0).all()
+    assert rnd_ppo.Arrivals().score(traj).eq(7.0).all()
 
 
 def test_a_policy_that_knows_nothing_does_not_arrive() -> None:
@@ -107,14 +107,14 @@ def test_a_policy_that_knows_nothing_does_not_arrive() -> None:
     torch.manual_seed(0)
     features = Features(describe(environment.single_observation_space), (8,))
     policy = make_controller("squashed", features, environment.single_action_space)
-    driven = rnd_agv.drive(policy, "room", episodes=4)
+    driven = rnd_ppo.drive(policy, "room", episodes=4)
     assert driven["success"] == 0.0
     assert math.isnan(driven["path_ratio"])
 
 
 def test_the_table_and_the_picture(tmp_path: Path) -> None:
-    table = rnd_agv.table(results())
+    table = rnd_ppo.table(results())
     assert {len(row) for row in table} == {len(table[0])}
-    assert len(table) == 1 + 3 * len(rnd_agv.ARMS)
-    rnd_agv.draw(results(), tmp_path / "picture.png")
+    assert len(table) == 1 + 3 * len(rnd_ppo.ARMS)
+    rnd_ppo.draw(results(), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
