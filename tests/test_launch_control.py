@@ -165,6 +165,9 @@ def test_updates_are_compiled_unless_told_not_to(tmp_path: Path, monkeypatch: py
         )
         assert (result.actor._whole is not None) is expected
         assert json.loads((result.folder / "config.json").read_text())["config"]["compile"] is expected
+        loaded = launch.load(result.folder, device="cpu")  # answers only: no matter how its optimiser was kept
+        for name, value in result.actor.model.state_dict().items():
+            assert torch.equal(loaded.actor.model.state_dict()[name], value)
 
 
 def test_whole_updates_and_single_ones_learn_the_same(

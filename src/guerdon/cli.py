@@ -141,7 +141,8 @@ def _train(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(f"usage: {usage}\n\nMethods that work today ('guerdon list' shows all):")
         for system in catalog.systems(status="ready"):
-            print(f"  {system.slug:<12}{system.summary}")
+            if system.method is not None:  # studies are reproduced, not trained
+                print(f"  {system.slug:<14}{system.summary}")
         print("\nguerdon train METHOD --help lists a method's options.")
         return 0
     slug, rest = _positional(args, "the method", usage)

@@ -85,6 +85,7 @@ def _key(graph: torch.fx.GraphModule, examples: Sequence[Tensor]) -> str:
 
 def _build(graph: torch.fx.GraphModule, examples: Sequence[Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"compiling an update, once (kept in {path.parent}) ...", file=sys.stderr, flush=True)
     program = torch.export.export(graph, tuple(examples))
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = torch._inductor.aoti_compile_and_package(

@@ -73,7 +73,7 @@ def method_class(slug: str) -> type:
             f"'{system.slug}' is no method of its own ({system.summary}); see guerdon reproduce {system.slug}"
         )
     if system.status != "ready" or system.method is None or system.cls is None:
-        ready = ", ".join(s.slug for s in catalog.systems(status="ready"))
+        ready = ", ".join(s.slug for s in catalog.systems(status="ready") if s.method is not None)
         raise UsageError(f"'{system.slug}' is planned, not built yet; ready: {ready}")
     return getattr(importlib.import_module(system.method), system.cls)
 

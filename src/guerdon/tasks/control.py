@@ -33,6 +33,18 @@ EPISODES = 10
 SEED = 7_777
 
 
+# of RND-PPO in the warehouse; novelty is judged on pose and static lidar
+_VEHICLE: Mapping[str, Any] = {
+    "samples": 4096,
+    "minibatch": 512,
+    "lr": 5e-4,
+    "entropy": 0.003,
+    "gamma": 0.995,
+    "bonus_schedule": "linear",
+    "novelty_columns": (0, 20),
+}
+
+
 class EnvironmentReward:
     """The judge that the environment itself is: rewards as they came."""
 
@@ -82,6 +94,8 @@ class Control(Task):
         },
         ("sac", "Pendulum-v1"): {"steps": 20_000, "lr": 1e-3, "start": 100},
         ("td3", "Pendulum-v1"): {"steps": 20_000, "lr": 1e-3, "start": 100},
+        ("rnd_ppo", "guerdon/Warehouse-complex-static-v0"): {"rounds": 160, **_VEHICLE, "reward_weight": 1.0},
+        ("rnd_ppo", "guerdon/Warehouse-simple-dynamic-v0"): {"rounds": 60, **_VEHICLE, "reward_weight": 4.0},
         ("mdpo_off", "Pendulum-v1"): {
             "steps": 10_000,
             "start": 1000,
