@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from guerdon.batch import Trajectories
 from guerdon.errors import ShapeError, UsageError
 
 # --- per-step credit --------------------------------------------------------------------------------------
@@ -57,6 +58,32 @@ def gae(
     delta = reward_ + gamma * following - value_
     advantage = _accumulate(delta, (gamma * lam) * goes_on)
     return advantage.to(value.dtype), (advantage + value_).to(value.dtype)
+
+
+def advantages(
+    traj: Trajectories, next_value: Tensor | None, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """`gae` of judged trajectories that carry their values: ``(advantage, target)``, ``[B, T]``.
+
+    Args:
+        next_value: ``[B, T]``, as `Role.next_value` gives it (None for complete episodes); gamma, lam: as for `gae`.
+
+    Raises `ShapeError` when the trajectories have no rewards or no values yet.
+    """
+    if traj.reward is None or traj.value is None:
+        raise ShapeError(
+            "advantages need trajectories that were judged and valued: set reward and value first"
+        )
+    return gae(
+        traj.reward,
+        traj.value,
+        traj.mask,
+        traj.terminated,
+        traj.truncated,
+        next_value=next_value,
+        gamma=gamma,
+        lam=lam,
+    )
 
 
 @torch.no_grad()

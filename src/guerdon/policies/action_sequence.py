@@ -151,9 +151,7 @@ class SequenceGaussian(SquashedGaussian):
         """``[N, A]``, the first action's squashed mean at states ``[N, S]``."""
         return self.squash(self._head(self.cell(previous_action, self._begin(state)))[0])
 
-    def parameters_at(
-        self, observation: Any, previous_action: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def parameters_at(self, observation: Any, previous_action: Tensor | None = None) -> tuple[Tensor, Tensor]:
         hidden = self._begin(self.state(observation))
         lead = hidden.shape[:-1]  # cells take one axis of rows
         action = hidden.new_zeros(*lead, len(self.low)) if previous_action is None else previous_action

@@ -246,7 +246,9 @@ def draw(results: Results, path: Path) -> None:
             courses = [np.array(f["course"]) for f in results.get(arm, {}).values() if len(f["course"]) > 1]
             if courses:
                 curves = np.array([np.interp(grid, c[:, 0], c[:, 1], right=np.nan) for c in courses])
-                panel.plot(grid / 1000, np.ma.masked_invalid(curves).mean(0), color=colour, label=arm, linewidth=1.5)
+                panel.plot(
+                    grid / 1000, np.ma.masked_invalid(curves).mean(0), color=colour, label=arm, linewidth=1.5
+                )
         panel.set(title=title, xlabel="thousand steps", ylabel="return of an episode")
         panel.legend(frameon=False, fontsize=8)
     for figures in list(results.get("stream TD", {}).values())[:1]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from guerdon.credit import gae, normalise
+from guerdon.credit import advantages, normalise
 from guerdon.experience.base import Experience
 from guerdon.feedback.base import Feedback
 from guerdon.objectives.policy_gradient import Reinforce
@@ -54,16 +54,7 @@ class A2C:
             traj = experience.collect(actor, self.samples)
             traj = traj.judged(feedback.score(traj))
             traj.value = critic.value(traj)
-            advantage, traj.target = gae(
-                traj.reward,
-                traj.value,
-                traj.mask,
-                traj.terminated,
-                traj.truncated,
-                next_value=critic.next_value(traj),
-                gamma=self.gamma,
-                lam=self.lam,
-            )
+            advantage, traj.target = advantages(traj, critic.next_value(traj), gamma=self.gamma, lam=self.lam)
             traj.advantage = normalise(advantage, traj.mask) if self.normalise_advantage else advantage
             data = traj.as_rows() if experience.unit == "step" else traj
             run.log(**actor.update(data, objective))

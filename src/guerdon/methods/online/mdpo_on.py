@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from guerdon.credit import gae, normalise
+from guerdon.credit import advantages, normalise
 from guerdon.experience.base import Experience
 from guerdon.feedback.base import Feedback
 from guerdon.objectives.mirror_descent import MirrorDescent
@@ -62,16 +62,7 @@ class MDPOOn:
             traj = experience.collect(actor, self.samples)
             traj = traj.judged(feedback.score(traj))
             traj.value = critic.value(traj)
-            advantage, traj.target = gae(
-                traj.reward,
-                traj.value,
-                traj.mask,
-                traj.terminated,
-                traj.truncated,
-                next_value=critic.next_value(traj),
-                gamma=self.gamma,
-                lam=self.lam,
-            )
+            advantage, traj.target = advantages(traj, critic.next_value(traj), gamma=self.gamma, lam=self.lam)
             traj.advantage = normalise(advantage, traj.mask)  # this gives t_k its meaning
             traj.reference = actor.distribution(traj)  # pi_k, which stays while the actor moves
             data = traj.as_rows() if experience.unit == "step" else traj

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from guerdon.credit import gae, normalise, returns_to_go
+from guerdon.credit import advantages, normalise, returns_to_go
 from guerdon.experience.base import Experience
 from guerdon.feedback.base import Feedback
 from guerdon.objectives.policy_gradient import ClippedSurrogate
@@ -84,15 +84,8 @@ class PPO:
             traj = traj.judged(feedback.score(traj))
             if critic is not None:
                 traj.value = critic.value(traj)
-                advantage, traj.target = gae(
-                    traj.reward,
-                    traj.value,
-                    traj.mask,
-                    traj.terminated,
-                    traj.truncated,
-                    next_value=critic.next_value(traj),
-                    gamma=self.gamma,
-                    lam=self.lam,
+                advantage, traj.target = advantages(
+                    traj, critic.next_value(traj), gamma=self.gamma, lam=self.lam
                 )
             else:
                 ended = None if traj.truncated is None else traj.terminated | traj.truncated

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guerdon.credit import gae, normalise
+from guerdon.credit import advantages, normalise
 from guerdon.experience.base import Experience
 from guerdon.feedback.base import Feedback
 from guerdon.objectives.mirror_descent import MirrorDescent
@@ -53,16 +53,7 @@ class TRPO:
             traj = experience.collect(actor, self.samples)
             traj = traj.judged(feedback.score(traj))
             traj.value = critic.value(traj)
-            advantage, traj.target = gae(
-                traj.reward,
-                traj.value,
-                traj.mask,
-                traj.terminated,
-                traj.truncated,
-                next_value=critic.next_value(traj),
-                gamma=self.gamma,
-                lam=self.lam,
-            )
+            advantage, traj.target = advantages(traj, critic.next_value(traj), gamma=self.gamma, lam=self.lam)
             traj.advantage = normalise(advantage, traj.mask)
             traj.reference = actor.distribution(traj)
             data = traj.as_rows() if experience.unit == "step" else traj
