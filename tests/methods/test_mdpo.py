@@ -119,7 +119,7 @@ def test_a_pole_is_balanced_longer_by_ten_steps_a_round_than_by_one(tmp_path: Pa
 def test_the_baselines_share_the_parts() -> None:
     assert "MirrorDescent(kl=0.0, reverse=True)" in inspect.getsource(trpo.TRPO.train)
     assert trpo.MirrorDescent is MirrorDescent
-    for name in ("gae", "normalise", "ValueRegression"):
+    for name in ("advantages", "normalise", "ValueRegression"):
         assert getattr(trpo, name) is getattr(ppo, name) is getattr(inspect.getmodule(MDPOOn), name)
     assert mdpo_off.MDPOOff.controllers == sac.SAC.controllers
     assert mdpo_off.MDPOOff.critic_kind == sac.SAC.critic_kind
