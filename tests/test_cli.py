@@ -147,7 +147,9 @@ def test_help_of_a_method_is_one_list_with_its_comments(guerdon: Guerdon) -> Non
     assert "default: 8" in said.out  # the task's recipe, not the published 64
     overview = guerdon("train", "--help")
     assert overview.status == 0
-    assert all(f"  {system.slug} " in overview.out for system in catalog.systems(status="ready") if system.method)
+    assert all(
+        f"  {system.slug} " in overview.out for system in catalog.systems(status="ready") if system.method
+    )
 
 
 # --- what is refused --------------------------------------------------------------------------------------

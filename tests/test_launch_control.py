@@ -165,7 +165,9 @@ def test_updates_are_compiled_unless_told_not_to(tmp_path: Path, monkeypatch: py
         )
         assert (result.actor._whole is not None) is expected
         assert json.loads((result.folder / "config.json").read_text())["config"]["compile"] is expected
-        loaded = launch.load(result.folder, device="cpu")  # answers only: no matter how its optimiser was kept
+        loaded = launch.load(
+            result.folder, device="cpu"
+        )  # answers only: no matter how its optimiser was kept
         for name, value in result.actor.model.state_dict().items():
             assert torch.equal(loaded.actor.model.state_dict()[name], value)
 

@@ -171,6 +171,7 @@ class FlatUpdate:
         self.weights, self.optimiser, self.max_grad_norm = weights, optimiser, max_grad_norm
         self.state = optimiser.pure_state(weights.flat)
         self._functions: dict[Any, tuple[Function, list[str]]] = {}
+        self._rate = torch.zeros(())
 
     def prepare(
         self,
@@ -189,17 +190,18 @@ class FlatUpdate:
             others: further models that the objective reads, by the name of its argument.
             minibatch: rows an update, or None.
         """
-        lifted = {f: v for f, v in _fields(objective) if isinstance(v, Tensor)}
+        plain, lifted = _fields(objective)
         fixed = [v for items in (leaves, lifted) for v in items.values()]
         fixed += [t for w in others.values() for t in (w.flat, *w.buffers())] + self.weights.buffers()
         key = (
             minibatch,
             tuple((n, tuple(v.shape), v.dtype) for n, v in leaves.items()),
-            repr([(type(objective), [(n, n in lifted or v) for n, v in _fields(objective)])]),
+            type(objective),
+            plain,
+            tuple(lifted),
             tuple(others.items()),  # by identity, and kept: the id of what is gone may be given again
             torch.get_num_threads(),
         )
-        rate = torch.zeros(())
         if key not in self._functions:
             self._functions[key] = self._compile(leaves, rebuild, objective, lifted, others, minibatch, fixed)
         function, self.names = self._functions[key]
@@ -207,8 +209,8 @@ class FlatUpdate:
         theta = self.weights.flat
 
         def step(lr: Tensor | float, rows: Tensor | None) -> Tensor:
-            rate.fill_(lr)
-            moving = [theta, *(self.state[n] for n in state_names), rate]
+            self._rate.fill_(lr)
+            moving = [theta, *(self.state[n] for n in state_names), self._rate]
             if rows is not None:
                 moving.append(rows)
             new, *states, figures = function(moving + fixed)
@@ -273,12 +275,20 @@ class FlatUpdate:
         return compile_function(whole, [t.detach().clone() for t in examples + fixed]), list(names)
 
 
-def _fields(objective: Any) -> list[tuple[str, Any]]:
+def _fields(objective: Any) -> tuple[Any, dict[str, Tensor]]:
+    """An objective's values that are compiled in, hashable, and its tensors, which are inputs."""
     if not dataclasses.is_dataclass(objective):
         raise UsageError(
             f"a compiled update takes an objective that is a dataclass, not {type(objective).__name__}"
         )
-    return [(f.name, getattr(objective, f.name)) for f in dataclasses.fields(objective)]
+    fields = vars(objective)
+    lifted = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+    plain = tuple(item for item in fields.items() if item[0] not in lifted)
+    try:
+        hash(plain)
+    except TypeError:  # a list among them
+        return repr(plain), lifted
+    return plain, lifted
 
 
 def available() -> str | None:

@@ -419,16 +419,19 @@ class Role:
                     raise self._not_finite(found[0], data)
                 figures.append(found)
                 self.updates += 1
-            table = torch.stack(figures)
             self._moved()
-            sums = table.sum(0)
-            metrics: Metrics = {"loss": sums[0]}
+            total = figures[0]
+            if len(figures) > 1:
+                table = torch.stack(figures)
+                total = table.sum(0)
+                for i, name in enumerate(names, 2):
+                    if name.endswith("_max"):
+                        total[i] = table[:, i].max()
+            loss, norm, *rest = total.unbind()
+            metrics: Metrics = {"loss": loss}
             if self.settings.max_grad_norm is not None:
-                metrics["grad_norm"] = sums[1]
-            metrics |= {
-                name: table[:, i].max() if name.endswith("_max") else sums[i]
-                for i, name in enumerate(names, 2)
-            }
+                metrics["grad_norm"] = norm
+            metrics |= zip(names, rest, strict=True)
             return metrics, len(figures)
 
         return one_pass

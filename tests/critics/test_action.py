@@ -74,3 +74,12 @@ def test_pixels_are_convolved_once_for_all_members() -> None:
     pictures.register_forward_hook(lambda *_: calls.append(1))
     assert net.q(torch.zeros(4, 9, 9, 1, dtype=torch.uint8)).shape == (2, 4, 3)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("head", ["mse", "hl_gauss"])
+def test_the_first_member_alone_is_the_first_of_all(head: str) -> None:
+    critic = ActionCritic(features(hidden=()), action=2, hidden=(8, 8), members=3, head=head)
+    with torch.no_grad():
+        critic.head.weight.normal_()
+    observation, action = torch.randn(5, 3), torch.randn(5, 2)
+    torch.testing.assert_close(critic.first_q(observation, action), critic.q(observation, action)[0])

@@ -77,3 +77,16 @@ class ActionCritic(nn.Module):
     def q(self, observation: Any, action: Tensor | None = None) -> Tensor:
         """``[members, N]`` with an action, ``[members, N, actions]`` without."""
         return self.head.mean(self.raw(observation, action))
+
+    def first_q(self, observation: Any, action: Tensor) -> Tensor:
+        """``[N]``: the first member's values alone, without the work of the others (TD3's actor climbs these)."""
+        hidden = torch.cat([self.features(observation), action], -1)
+        for layer in self.layers:
+            if isinstance(layer, EnsembleLinear):
+                hidden = torch.addmm(layer.bias[0], hidden, layer.weight[0])
+            else:
+                hidden = layer(hidden)
+        raw = torch.addmm(self.head.bias[0], hidden, self.head.weight[0])
+        if self.head.categorical:
+            raw = raw.unflatten(-1, (self.actions, self.head.bins))
+        return self.head.mean(raw)[..., 0]

@@ -94,6 +94,8 @@ class Greedy(Controller):
             if noise is None:
                 return {"action": best(observation)}
             explores = noise[:, 0] < self.epsilon
+            if len(noise) == 1 and not explores[0]:  # one environment: what follows would cost as much again
+                return {"action": best(observation)}
             if explores.all():  # a random action needs no network
                 return {"action": (noise[:, 1] * self.actions).astype(np.int64)}
             chosen = best(observation)

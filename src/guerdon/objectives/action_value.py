@@ -218,5 +218,5 @@ class DeterministicImprovement(MeanOverRows):
     """TD3's (and DDPG's) actor: ``-Q_1(s, mu(s))``. Called with ``critic``."""
 
     def __call__(self, actor: Any, batch: Transitions, critic: Any) -> tuple[Tensor, Metrics]:
-        loss = -critic.q(batch.observation, actor.mode(batch.observation))[0].mean()
+        loss = -critic.first_q(batch.observation, actor.mode(batch.observation)).mean()
         return loss, {"loss": loss.detach()}
