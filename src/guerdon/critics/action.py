@@ -82,10 +82,8 @@ class ActionCritic(nn.Module):
         """``[N]``: the first member's values alone, without the work of the others (TD3's actor climbs these)."""
         hidden = torch.cat([self.features(observation), action], -1)
         for layer in self.layers:
-            if isinstance(layer, EnsembleLinear):
-                hidden = torch.addmm(layer.bias[0], hidden, layer.weight[0])
-            else:
-                hidden = layer(hidden)
+            linear = isinstance(layer, EnsembleLinear)
+            hidden = torch.addmm(layer.bias[0], hidden, layer.weight[0]) if linear else layer(hidden)  # type: ignore[index]
         raw = torch.addmm(self.head.bias[0], hidden, self.head.weight[0])
         if self.head.categorical:
             raw = raw.unflatten(-1, (self.actions, self.head.bins))
