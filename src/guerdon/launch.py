@@ -353,9 +353,8 @@ def _launch(
     try:
         pieces = Pieces(**config["pieces"])
         with torch.random.fork_rng():
-            torch.manual_seed(
-                seed
-            )  # fresh weights follow from the seed; the run seeds all else when it begins
+            # fresh weights follow from the seed; the run seeds all else when it begins
+            torch.manual_seed(seed)
             parts = _assemble(config["method"], method, config["task"], pieces, engine)
         if function is not None:
             from guerdon.feedback.functions import FunctionReward

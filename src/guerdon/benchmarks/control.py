@@ -70,24 +70,22 @@ def _to_475(seed: int) -> float:
 # --- the other side ---------------------------------------------------------------------------------------
 
 
-class _Warm:
+def _clock_after(steps: int) -> Any:
     """A Stable-Baselines3 callback that starts the clock after ``steps`` steps."""
+    from stable_baselines3.common.callbacks import BaseCallback
 
-    def __new__(cls, steps: int) -> Any:
-        from stable_baselines3.common.callbacks import BaseCallback
+    class Clock(BaseCallback):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start: float | None = None
+            self.at = 0
 
-        class Warm(BaseCallback):
-            def __init__(self) -> None:
-                super().__init__()
-                self.start: float | None = None
-                self.at = 0
+        def _on_step(self) -> bool:
+            if self.start is None and self.num_timesteps >= steps:
+                self.start, self.at = time.perf_counter(), self.num_timesteps
+            return True
 
-            def _on_step(self) -> bool:
-                if self.start is None and self.num_timesteps >= steps:
-                    self.start, self.at = time.perf_counter(), self.num_timesteps
-                return True
-
-        return Warm()
+    return Clock()
 
 
 def _sb3(
@@ -106,7 +104,7 @@ def _sb3(
             model = getattr(stable_baselines3, algorithm)(
                 "MlpPolicy", venv, seed=seed, device="cpu", **options
             )
-            clock = _Warm(warm)
+            clock = _clock_after(warm)
             start = time.perf_counter()
             model.learn(total, callback=clock)
             if warm:

@@ -139,7 +139,7 @@ class StateCritic(nn.Module):
 
     def next_value(self, traj: Trajectories) -> Tensor:
         """``[B, T]``, the value of the state after each step: the next column, or where an episode or the row
-        was cut, that of ``inputs["final"]``. Meaningless (and unread) where a step terminated."""
+        ended, that of ``inputs["final"]``. Meaningless (and unread) where a step terminated."""
         value = traj.value if traj.value is not None else self.value(traj)
         following = torch.zeros_like(value)
         following[:, :-1] = value[:, 1:]

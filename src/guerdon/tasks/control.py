@@ -184,8 +184,6 @@ class Control(Task):
         options: dict[str, Any] = {}
         if which == "greedy":
             options = {"head": self._option("head", "mse"), "head_options": self._option("head_options", {})}
-        if which in ("categorical", "gaussian") and self._option("init", None):
-            options["init"] = self._option("init", None)
         options |= self._option("controller_options", {})
         return self._with_temperature(
             make_controller(which, self._features(), self.environments.action_space, **options)
