@@ -34,7 +34,7 @@ from guerdon.objectives.action_value import (
 )
 from guerdon.objectives.policy_gradient import ClippedSurrogate, Reinforce
 from guerdon.objectives.value import ValueRegression
-from guerdon.optim import SGD, Adam, AdamW, Optimiser
+from guerdon.optim import SGD, Adam, AdamW, Optimiser, RMSprop
 from guerdon.policies.control import Categorical
 from guerdon.policies.features import Entry, Features
 from guerdon.roles import Role, RoleSettings
@@ -92,9 +92,10 @@ def alike(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         Adam(1e-2, weight_decay=0.1),
         AdamW(1e-2, weight_decay=0.1),
         SGD(0.1),
+        RMSprop(1e-2, weight_decay=0.1),
         SGD(0.1, momentum=0.9, weight_decay=0.01),
     ],
-    ids=["adam", "adam_decay", "adamw", "sgd", "momentum"],
+    ids=["adam", "adam_decay", "adamw", "sgd", "rmsprop", "momentum"],
 )
 def test_pure_optimisers_are_torchs(described: Optimiser) -> None:
     torch.manual_seed(0)

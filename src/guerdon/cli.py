@@ -44,7 +44,11 @@ class Common:
     runs: str = "runs"  # where runs are kept
     seed: int = 0  # of everything random
     model: str | None = None  # path or hub name of a model, in place of the task's own
+    data: str | None = None  # recorded rows for a language model: JSONL, JSON, Parquet or CSV
     prompts: str | None = None  # file of prompts: text, one a line, or JSONL with a 'prompt' column
+    max_length: int | None = None  # tokens of prompt and answer together; longer ones are cut
+    max_prompt: int | None = None  # tokens of a prompt; longer ones are cut
+    max_new_tokens: int | None = None  # tokens of a sampled answer
     env: str | None = None  # id of a gymnasium environment to train in
     env_options: str | None = None  # its keyword arguments, a JSON object
     reward: str | None = None  # a reward's name, file.py:function, or a sum such as 'a + 0.5*b'
@@ -151,11 +155,11 @@ def _train(args: list[str]) -> int:
     from guerdon.tasks.base import Pieces
 
     cls = launch.method_class(slug)
-    env = _peek(rest, "env")
-    task = _peek(rest, "task") or ("control" if env else launch.default_task(slug))
+    pieces = Pieces(model=_peek(rest, "model"), env=_peek(rest, "env"), data=_peek(rest, "data"))
+    task = _peek(rest, "task") or launch.task_for(slug, pieces)
     tasks.find(task)
     launch.policy_kind(slug, task)
-    recipe = launch.method_for(slug, task, Pieces(model=_peek(rest, "model"), env=env))
+    recipe = launch.method_for(slug, task, pieces)
     # One flat dataclass, so that --help is one list: the method's own options first, then what all share.
     options = _merged(cls, recipe)
     description = f"{system.title} ({system.reference}). Task '{task}'."

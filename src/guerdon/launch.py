@@ -32,8 +32,9 @@ from guerdon.errors import (
     UsageError,
     nearest,
 )
-from guerdon.feedback.base import Feedback
+from guerdon.feedback.base import Feedback, compare
 from guerdon.feedback.functions import MixedReward
+from guerdon.policies.language import is_language_model
 from guerdon.roles import Role
 from guerdon.run import Run
 from guerdon.run.checkpoint import load_newest
@@ -79,11 +80,37 @@ def method_class(slug: str) -> type:
 
 
 def default_task(slug: str) -> str:
-    """The task that ``guerdon train METHOD`` uses when none is named: the first that fits its policies."""
+    """The task that ``guerdon train METHOD`` uses when none is named: the first that fits its policies and supplies
+    what it learns from."""
     fitting = tasks.with_kind(catalog.find(slug).policies)
     if not fitting:
         raise UsageError(f"no task fits '{slug}' yet")
-    return fitting[0]
+    wanted = _learns_from(method_class(slug))
+    return next((name for name in fitting if wanted <= set(tasks.find(name).supplies)), fitting[0])
+
+
+RECORDED = ("preferences", "demonstrations", "rated")
+"""Parameters of a method's ``train`` that ask for recorded data."""
+
+
+def _learns_from(method: Any) -> set[str]:
+    """What a task must supply for a method: parameters of its ``train`` without a default, roles left out."""
+    parameters = inspect.signature(method.train).parameters.values()
+    return {p.name for p in parameters if p.name in RECORDED and p.default is p.empty}
+
+
+def task_for(slug: str, pieces: Pieces) -> str:
+    """The task for these pieces when none is named."""
+    if pieces.env is not None:
+        return "control"
+    kinds = catalog.find(slug).policies
+    own = pieces.data is not None or (pieces.model is not None and is_language_model(pieces.model))
+    if "language" in kinds and (own or (pieces.model is not None and set(kinds) <= _OF_TEXT)):
+        return "text"
+    return default_task(slug)
+
+
+_OF_TEXT = {"language", "reward_model", "tabular"}
 
 
 def method_for(slug: str, task: str, pieces: Pieces | None = None, **options: Any) -> Any:
@@ -130,6 +157,9 @@ class _Monitored:
         self.feedback, self.task, self.log = feedback, task, log
         self.name = feedback.name
 
+    def compare(self, a: Trajectories, b: Trajectories) -> Tensor:
+        return compare(self.feedback, a, b)
+
     def score(self, traj: Trajectories) -> Tensor:
         score = self.feedback.score(traj)
         watched: dict[str, Any] = dict(self.task.monitor(traj))
@@ -149,16 +179,19 @@ class _Assembly:
     roles: dict[str, Role]
     feedback: Feedback
     kind: str
+    data: dict[str, Any]
 
     @property
     def trained(self) -> Role:
-        """The role that the run is about: the actor, or of methods that only predict, the critic."""
-        return self.roles["actor"] if "actor" in self.roles else self.roles["critic"]
+        """The role that the run is about: the actor, or of methods that only judge or predict, the reward model or
+        the critic."""
+        return next(self.roles[name] for name in ("actor", "reward", "critic") if name in self.roles)
 
     def measure(self) -> Measured:
-        """What the task measures of the actor; nothing without one."""
+        """What the task measures of the actor, or of a judge; nothing without either."""
         if "actor" not in self.roles:
-            return Measured({}, None)
+            judge = self.roles.get("reward")
+            return Measured({}, None) if judge is None else self.task.measure_judge(judge)
         return self.task.measure(self.roles["actor"], self.feedback, **self.sampling)
 
     @property
@@ -172,19 +205,24 @@ def _engine(name: str, device: str, threads: int | None, overrides: dict[str, An
     return LocalEngine(device, threads, **overrides)
 
 
-def _assemble(slug: str, method: Any, task_name: str, pieces: Pieces, engine: LocalEngine) -> _Assembly:
+def _assemble(
+    slug: str, method: Any, task_name: str, pieces: Pieces, engine: LocalEngine, seed: int = 0
+) -> _Assembly:
     policy_kind(slug, task_name)
     task = tasks.find(task_name)(pieces, method)
     kind = policy_kind(slug, task)
     feedback = task.feedback()
     settings = method.roles()
     wants = inspect.signature(method.train).parameters
-    if hasattr(method, "models"):  # it builds its own networks, to fit the environment
+    if "reward" in settings and "actor" not in settings:  # what it trains is a judge
+        policy = task.policy(kind)
+        models: dict[str, Any] = {"reward": task.reward_model(policy)}
+    elif hasattr(method, "models"):  # it builds its own networks, to fit the environment
         if not isinstance(task, Control) or pieces.model is not None:
             raise UsageError(
                 f"'{slug}' builds its own networks for an environment; use --env, without --model"
             )
-        models: dict[str, Any] = method.models(task.environments)
+        models = method.models(task.environments)
     else:
         policy = task.policy(kind)
         if policy.kind not in catalog.find(slug).policies:
@@ -195,8 +233,17 @@ def _assemble(slug: str, method: Any, task_name: str, pieces: Pieces, engine: Lo
         models = {"actor": policy}
         if "critic" in settings and "critic" in wants:
             models["critic"] = task.critic(policy)
+        if "reward" in settings:
+            models["reward"] = task.reward_model(policy)
+        if getattr(method, "judged", False) and feedback.name == "none":
+            raise UsageError(f"'{slug}' needs a judge: name one with --reward (file.py:function, or model=PATH)")
+    data = {
+        name: getattr(task, name)(policy, seed)
+        for name, parameter in wants.items()
+        if name in RECORDED and (name in task.supplies or parameter.default is parameter.empty)
+    }
     roles = {name: engine.role(name, model, settings=settings.get(name)) for name, model in models.items()}
-    return _Assembly(method, task, engine, roles, feedback, kind)
+    return _Assembly(method, task, engine, roles, feedback, kind, data)
 
 
 def _absolute(pieces: Pieces) -> Pieces:
@@ -214,7 +261,13 @@ def _absolute(pieces: Pieces) -> Pieces:
             name = f"{fix(path)}{colon}{function}" if colon else name.strip()
             terms.append(f"{weight.strip()}{star}{name}")
         reward = " + ".join(terms)
-    return dataclasses.replace(pieces, model=fix(pieces.model), prompts=fix(pieces.prompts), reward=reward)
+    return dataclasses.replace(
+        pieces,
+        model=fix(pieces.model),
+        prompts=fix(pieces.prompts),
+        data=fix(pieces.data),
+        reward=reward,
+    )
 
 
 def _free_name(runs: Path, slug: str) -> str:
@@ -234,6 +287,10 @@ def train(
     reward: str | Callable[..., Any] | None = None,
     env: str | None = None,
     env_options: str | dict[str, Any] | None = None,
+    data: str | None = None,
+    max_length: int | None = None,
+    max_prompt: int | None = None,
+    max_new_tokens: int | None = None,
     device: str = "auto",
     engine: str = "local",
     threads: int | None = None,
@@ -254,7 +311,8 @@ def train(
         task: name of a ready problem; the method's default one when None.
         name: the folder under ``runs``; a free one is chosen when None.
         seed: of everything random.
-        model, prompts, reward: replace the task's own pieces (see `Pieces`); ``reward`` may be a function.
+        model, prompts, reward, data: replace the task's own pieces (see `Pieces`); ``reward`` may be a function.
+        max_length, max_prompt, max_new_tokens: limits in tokens, for language models (see `Pieces`).
         env: id of a gymnasium environment to train in, with ``env_options`` for it.
         device: "auto", "cpu", "cuda", ...
         engine: where the roles run.
@@ -275,11 +333,14 @@ def train(
     """
     slug = method if isinstance(method, str) else _slug_of(method)
     system = catalog.find(slug)
-    task = task or ("control" if env else default_task(slug))
     function = reward if callable(reward) else None
     if isinstance(env_options, dict):
         env_options = json.dumps(env_options)
-    pieces = _absolute(Pieces(model, prompts, None if function else reward, env, env_options))  # type: ignore[arg-type]
+    own = None if function else reward
+    pieces = _absolute(
+        Pieces(model, prompts, own, env, env_options, data, max_length, max_prompt, max_new_tokens)  # type: ignore[arg-type]
+    )
+    task = task or task_for(slug, pieces)
     if isinstance(method, str):
         method = method_for(slug, task, pieces, **options)
     elif options:
@@ -355,12 +416,13 @@ def _launch(
         with torch.random.fork_rng():
             # fresh weights follow from the seed; the run seeds all else when it begins
             torch.manual_seed(seed)
-            parts = _assemble(config["method"], method, config["task"], pieces, engine)
+            parts = _assemble(config["method"], method, config["task"], pieces, engine, seed)
         if function is not None:
             from guerdon.feedback.functions import FunctionReward
 
             parts.feedback = FunctionReward(function)
-        experience = parts.task.experience(seed)
+        wants = [p for p in inspect.signature(method.train).parameters if p != "run"]
+        experience = parts.task.experience(seed) if "experience" in wants else None
         # Measured before the run's folder exists: a judge that fails costs nothing and leaves nothing behind.
         new = not folder.exists()
         before = parts.measure()
@@ -376,16 +438,22 @@ def _launch(
             resume=again,
             max_seconds=config.get("max_seconds"),
             until=config.get("until"),
+            headline=getattr(method, "headline", "reward"),
         )
         with _nothing_left(folder if new else None), run:
             for name, role in parts.roles.items():
                 run.adopt(name, role)
-            run.track("experience", experience)
+            if experience is not None:
+                run.track("experience", experience)
+            for data in parts.data.values():
+                for note in getattr(data, "notes", ()):
+                    run.note(note)
             if again and not getattr(experience, "saveable", True):
                 run.note("the environments cannot be saved: they begin new episodes")
             judge = _Monitored(parts.feedback, parts.task, run.log)
-            available: dict[str, Any] = {**parts.roles, "experience": experience, "feedback": judge}
-            wants = [p for p in inspect.signature(method.train).parameters if p != "run"]
+            available: dict[str, Any] = {**parts.roles, **parts.data, "feedback": judge}
+            if experience is not None:
+                available["experience"] = experience
             start = time.perf_counter()
             method.train(run, **{name: available[name] for name in wants if name in available})
             seconds = time.perf_counter() - start
@@ -440,8 +508,9 @@ def _plots(folder: Path, records: list[dict[str, Any]]) -> list[str]:
     from guerdon.run.plots import against_each_other, curves
 
     written = []
-    records = [r for r in records if "reward" in r]  # before the first episode has ended there is none
-    keys = [key for key in ("reward", "accuracy") if records and key in records[0]]
+    shown = "reward" if any("reward" in r for r in records) else "loss"
+    records = [r for r in records if shown in r]  # before the first episode has ended there is no reward
+    keys = [key for key in (shown, "accuracy") if records and key in records[0]]
     if len(records) > 1 and keys:
         written.append(
             str(curves(records, keys, folder / "curves.png", names={"accuracy": "prompt accuracy"}))
@@ -494,15 +563,16 @@ def load(folder: str | Path, *, untrained: bool = False, device: str = "auto") -
     engine = LocalEngine(device, config.get("threads"))
     method = method_class(config["method"])(**config["options"])
     with torch.random.fork_rng():
-        torch.manual_seed(read_config(folder)["seed"])
-        parts = _assemble(config["method"], method, config["task"], Pieces(**config["pieces"]), engine)
+        seed = read_config(folder)["seed"]
+        torch.manual_seed(seed)
+        parts = _assemble(config["method"], method, config["task"], Pieces(**config["pieces"]), engine, seed)
     step = 0
     if not untrained:
         newest = load_newest(folder)
         if newest is None:
             raise CheckpointError(f"{folder} has no usable checkpoint")
         step, payload = newest
-        name = "actor" if "actor" in parts.roles else "critic"
+        name = next(name for name, role in parts.roles.items() if role is parts.trained)
         # only answers are wanted: the optimiser's state (compiled runs hold another kind) stays in the file
         parts.trained.load_state_dict({**payload["objects"][name], "optimiser": None})
     return Loaded(parts.trained, parts.task, parts.feedback, parts.sampling, step)

@@ -110,6 +110,31 @@ class AdamW(Optimiser):
 
 
 @dataclass(frozen=True)
+class RMSprop(Optimiser):
+    """RMSprop (Hinton, 2012), as PyTorch has it."""
+
+    alpha: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.RMSprop(
+            parameters, self.lr, self.alpha, self.eps, self.weight_decay, foreach=True
+        )
+
+    def pure_state(self, weights: Tensor) -> dict[str, Tensor]:
+        return {"square": torch.zeros_like(weights)}
+
+    def pure(
+        self, weights: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.weight_decay:
+            gradient = gradient + self.weight_decay * weights
+        square = self.alpha * state["square"] + (1.0 - self.alpha) * gradient * gradient
+        return weights - lr * gradient / (square.sqrt() + self.eps), {"square": square}
+
+
+@dataclass(frozen=True)
 class SGD(Optimiser):
     """Stochastic gradient descent."""
 

@@ -120,7 +120,10 @@ class Role:
         if self.settings.lora is not None:
             from guerdon.policies import lora
 
-            lora.add(core, self.settings.lora)
+            wanted = self.settings.lora
+            if wanted.targets is None and hasattr(model, "lora_targets"):
+                wanted = replace(wanted, targets=model.lora_targets)  # type: ignore[arg-type]
+            lora.add(core, wanted)
         else:
             core.requires_grad_(True)
         if self.settings.checkpoint_activations:
@@ -184,6 +187,7 @@ class Role:
         if not len(prompts):
             raise UsageError(f"there is nothing for '{self.name}' to answer: the list of prompts is empty")
         size = self.settings.sample_batch or len(prompts)
+        options = {k: v.answerer() if isinstance(v, Role) else v for k, v in options.items()}
         parts = []
         with self._answering() as model:
             for start in range(0, len(prompts), size):
@@ -194,6 +198,15 @@ class Role:
         traj = concatenate(parts)
         traj.version = torch.full((len(prompts),), self.updates, dtype=torch.int64, device=traj.mask.device)
         return traj
+
+    def answerer(self) -> Any:
+        """This role's model as another role's sampler may call it (an opponent, a reference to mix with): with the
+        adapter off where this is the reference of an adapted actor."""
+        if not self._adapter_off:
+            return self.model
+        from guerdon.policies import lora
+
+        return lora.without(self.model)
 
     def acting(self) -> Any:
         """A function ``(observation, noise) -> {"action": ...}`` on NumPy arrays, with the newest weights whenever it
@@ -237,6 +250,13 @@ class Role:
     def score(self, traj: Trajectories) -> Tensor:
         """``[B]`` or ``[B, T]`` scores, from a reward model."""
         return self._by_parts(traj, lambda model, part: model.score(part))
+
+    def compare(self, a: Trajectories, b: Trajectories) -> Tensor:
+        """``[B]``, the probability that ``a`` is preferred to ``b``, from a model of pairs."""
+        with self._answering() as model:
+            size = self.settings.sample_batch or a.batch_size[0]
+            sides = zip(a.minibatches(size), b.minibatches(size), strict=True)
+            return torch.cat([model.compare(x.to(self.device), y.to(self.device)) for x, y in sides])
 
     def _by_parts(self, traj: Trajectories, call: Any) -> Any:
         with self._answering() as model:

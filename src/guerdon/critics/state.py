@@ -14,7 +14,7 @@ from guerdon.batch import Trajectories
 from guerdon.critics.heads import ValueHead
 from guerdon.policies.base import masked
 from guerdon.policies.features import Features, orthogonal
-from guerdon.policies.language import LanguagePolicy
+from guerdon.policies.language import LanguagePolicy, joined, states_before
 
 
 class TableCritic(nn.Module):
@@ -44,16 +44,10 @@ class LanguageCritic(nn.Module):
 
     def value(self, traj: Trajectories) -> Tensor:
         """``[B, T]``."""
-        inputs = traj.inputs
-        attention = torch.cat([inputs["prompt_mask"], traj.mask], dim=1).long()
-        hidden = self.backbone(  # type: ignore[operator]
-            input_ids=torch.cat([inputs["prompt_token"], inputs["step", "token"]], dim=1),
-            attention_mask=attention,
-            position_ids=(attention.cumsum(1) - 1).clamp(min=0),
-            use_cache=False,
-        ).last_hidden_state
-        width = inputs["prompt_token"].shape[1]
-        return masked(self.head(hidden[:, width - 1 : -1]).squeeze(-1).float(), traj.mask)
+        tokens, start = joined(traj)
+        hidden = self.backbone(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[operator]
+        states = states_before(hidden, start, traj.mask.shape[1])
+        return masked(self.head(states).squeeze(-1).float(), traj.mask)
 
 
 class DenoisingCritic(nn.Module):

@@ -24,6 +24,25 @@ class Feedback(Protocol):
         ...
 
 
+@runtime_checkable
+class PairFeedback(Protocol):
+    """A judge of pairs. It need not come from scores: a may beat b, b beat c and c beat a."""
+
+    name: str
+
+    def compare(self, a: Trajectories, b: Trajectories) -> Tensor:
+        """``[B]``, the probability that ``a`` is preferred to ``b``; ``compare(a, b) + compare(b, a) = 1``."""
+        ...
+
+
+def compare(feedback: Any, a: Trajectories, b: Trajectories) -> Tensor:
+    """``[B]``, the probability that ``a`` is preferred to ``b``: what a judge of pairs says, or of a judge that only
+    scores, Bradley and Terry's ``sigmoid(score(a) - score(b))``."""
+    if hasattr(feedback, "compare"):
+        return feedback.compare(a, b)
+    return torch.sigmoid(feedback.score(a) - feedback.score(b))
+
+
 def checked_scores(answer: Any, prompts: Sequence[str], judge: str) -> Tensor:
     """What a judge answered, as float32 ``[B]``.
 

@@ -6,6 +6,7 @@ actor is the actor with its adapter off (`disabled`): no second copy of a large 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,19 +19,21 @@ from torch import Tensor, nn
 from guerdon.errors import UsageError
 
 ADAPTER = "default"  # the name that peft and diffusers give an only adapter
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the attention projections of a diffusers UNet
 
 
 @dataclass(frozen=True)
 class LoRA:
     """What to adapt, and how strongly.
 
-    The defaults are those of RLCM's aesthetic task (Oertell et al., 2024): rank 8 on all attention
-    projections of a diffusers UNet, the down-projection drawn from a Gaussian, the up-projection zero.
+    The defaults are those of RLCM's aesthetic task (Oertell et al., 2024): rank 8, the down-projection drawn from a
+    Gaussian, the up-projection zero. What is adapted depends on the policy where nothing is said: all attention
+    projections of a diffusers UNet, all linear layers of a language model.
     """
 
     rank: int = 8
     alpha: float = 8.0  # the update is scaled by alpha / rank
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # endings of module names
+    targets: tuple[str, ...] | None = None  # endings of module names; None leaves it to the policy
     init: Literal["gaussian", "kaiming"] = "gaussian"  # of the down-projection
 
     def config(self) -> Any:
@@ -40,7 +43,7 @@ class LoRA:
         return LoraConfig(
             r=self.rank,
             lora_alpha=cast(int, self.alpha),
-            target_modules=list(self.targets),
+            target_modules=list(self.targets or ATTENTION),
             init_lora_weights="gaussian" if self.init == "gaussian" else True,
             lora_dropout=0.0,  # dropout would make log-probabilities noisy
         )
@@ -63,7 +66,7 @@ def add(module: nn.Module, lora: LoRA, seed: int = 0) -> nn.Module:
         try:
             inject_adapter_in_model(lora.config(), module, ADAPTER)
         except ValueError as error:  # peft: no target module was found
-            names = ", ".join(lora.targets)
+            names = ", ".join(lora.targets or ATTENTION)
             raise UsageError(
                 f"no layer of {type(module).__name__} is called {names}: nothing to adapt"
             ) from error
@@ -119,6 +122,34 @@ def disabled(module: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer, off in before:
             layer._disable_adapters = off
+
+
+def without(policy: nn.Module) -> nn.Module:
+    """A view of ``policy`` whose core always answers with its adapter off, however the policy itself stands."""
+    view = copy.copy(policy)
+    view._modules = dict(policy._modules)
+    for name, child in policy._modules.items():
+        if child is not None and child is getattr(policy, "core", None):
+            view._modules[name] = _Without(child)
+    return view
+
+
+class _Without(nn.Module):
+    """A module that runs another one with its adapter off."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with disabled(self.inner):
+            return self.inner(*args, **kwargs)
 
 
 @contextmanager

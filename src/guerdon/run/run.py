@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from guerdon.errors import CheckpointError, NonFiniteError, UsageError, nearest
+from guerdon.experience.datasets import Data, batch_order
 from guerdon.run import checkpoint
 from guerdon.run.config import describe, holds_run, read_config, write_config
 from guerdon.run.loggers import Logger, open_logger
@@ -318,6 +319,22 @@ class Run:
         finally:
             self._busy = False
         self._close_bar()
+
+    def batches(self, data: Data, size: int, epochs: int = 1, what: str = "update") -> Iterator[Any]:
+        """`steps` over recorded ``data``: the minibatches of ``epochs`` passes, ``size`` rows each.
+
+        Each pass has an order of its own that follows from the run's seed (rows of similar length together, see
+        `guerdon.experience.datasets.batch_order`), so a resumed run goes on with the very next batch. Raises as
+        `steps` does.
+        """
+        a_pass = -(-len(data) // max(1, size))
+        order: list[Any] = []
+        known = -1
+        for step in self.steps(a_pass * epochs, what):
+            number, place = divmod(step, a_pass)
+            if number != known:
+                order, known = batch_order(len(data), size, self.seed, number, data.lengths), number
+            yield data.take(order[place])
 
     def _out_of_time(self) -> bool:
         return self._max_seconds is not None and time.perf_counter() - self._started >= self._max_seconds

@@ -11,6 +11,7 @@ from torch import nn
 
 from guerdon.batch import Trajectories
 from guerdon.errors import UsageError
+from guerdon.experience.datasets import Data
 from guerdon.feedback.base import Feedback
 from guerdon.policies.base import Policy
 from guerdon.roles import Role
@@ -25,6 +26,9 @@ class Pieces:
         prompts: path of a prompts file (text, one a line, or JSONL with a ``prompt`` column).
         reward: name of a reward, ``file.py:function``, or a weighted sum such as ``a + 0.5*b``.
         env: id of a gymnasium environment; env_options: its keyword arguments, a JSON object.
+        data: recorded rows for a language model: a JSONL, JSON, Parquet or CSV file, or a hub name.
+        max_length: tokens of prompt and answer together; max_prompt: of the prompt; longer ones are cut.
+        max_new_tokens: tokens of a sampled answer.
     """
 
     model: str | None = None
@@ -32,6 +36,10 @@ class Pieces:
     reward: str | None = None
     env: str | None = None
     env_options: str | None = None
+    data: str | None = None
+    max_length: int | None = None
+    max_prompt: int | None = None
+    max_new_tokens: int | None = None
 
 
 class Task(abc.ABC):
@@ -41,6 +49,7 @@ class Task(abc.ABC):
         name: what ``--task`` takes.
         summary: one line.
         kinds: kinds of policy it can supply, its default first.
+        supplies: what it can give a method, by the names of ``train``'s parameters.
         recipes: option values that suit this task where they differ from a method's published defaults
             (which were chosen for large models), by method.
     """
@@ -48,12 +57,15 @@ class Task(abc.ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]]
+    supplies: ClassVar[tuple[str, ...]] = ("experience", "feedback")
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __init__(self, pieces: Pieces | None = None, method: Any = None) -> None:
         self.pieces = pieces or Pieces()
         if self.pieces.env is not None and self.name != "control":
             raise UsageError(f"task '{self.name}' has no environment to replace; leave out --task, or --env")
+        if self.pieces.data is not None and not {"preferences", "demonstrations", "rated"} & set(self.supplies):
+            raise UsageError(f"task '{self.name}' takes no recorded data; leave out --data, or use --task text")
 
     @classmethod
     def recipe(cls, method: str, pieces: Pieces) -> Mapping[str, Any]:
@@ -71,6 +83,25 @@ class Task(abc.ABC):
     def critic(self, policy: Policy) -> nn.Module:
         """A fresh critic that can judge the policy's states. Raises `UsageError` if the task has none."""
         raise UsageError(f"task '{self.name}' has no critic for a {policy.kind} policy; use --no-critic")
+
+    def reward_model(self, policy: Policy) -> nn.Module:
+        """A fresh model that judges the policy's trajectories. Raises `UsageError` if the task has none."""
+        raise UsageError(f"task '{self.name}' has no reward model for a {policy.kind} policy")
+
+    def preferences(self, policy: Policy, seed: int) -> Data:
+        """Pairs to learn from. Raises `UsageError` if the task has none."""
+        raise self._lacks("preferences", "preference pairs")
+
+    def demonstrations(self, policy: Policy, seed: int) -> Data:
+        """Answers to imitate. Raises `UsageError` if the task has none."""
+        raise self._lacks("demonstrations", "demonstrations")
+
+    def rated(self, policy: Policy, seed: int) -> Data:
+        """Recorded answers with their rewards. Raises `UsageError` if the task has none."""
+        raise self._lacks("rated", "rated answers")
+
+    def _lacks(self, name: str, what: str) -> UsageError:
+        return UsageError(f"task '{self.name}' has no {what}; use --task text with --data, or a task that has ({name})")
 
     @abc.abstractmethod
     def experience(self, seed: int) -> Any:
@@ -91,6 +122,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def measure(self, actor: Role, feedback: Feedback, **sampling: Any) -> Measured:
         """Reward and other figures on fresh samples with fixed seeds, comparable before and after training."""
+
+    def measure_judge(self, judge: Role) -> Measured:
+        """Figures about a trained judge on pairs that it did not see; none by default."""
+        return Measured({}, None)
 
     def report(
         self, before: Measured, after: Measured, folder: Any, records: list[dict[str, Any]]

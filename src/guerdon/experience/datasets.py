@@ -1,0 +1,573 @@
+"""Recorded data that language models learn from: pairs, demonstrations and rated answers, from a file to padded batches.
+
+`Data` is what a method sees: so many rows, and ``take(rows)`` makes a batch of some of them. `batch_order` says which
+rows form the minibatches of a pass; rows of similar length go together, so that little is padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from guerdon.batch import Batch, Preferences, Trajectories
+from guerdon.errors import DataError, UsageError
+from guerdon.experience import conventions
+from guerdon.experience.conventions import Example, Ranked, check_option
+from guerdon.experience.prompts import read_prompts
+from guerdon.experience.rows import KINDS, read_rows
+from guerdon.experience.tokenised import Keep, Limits, Ragged, Reader, TooLong, Words
+from guerdon.objectives.preference import with_reference
+from guerdon.policies.language import LanguagePolicy
+from guerdon.randomness import mix
+
+WINDOW = 64  # batches whose rows are sorted by length together
+
+
+@runtime_checkable
+class Data(Protocol):
+    """Rows to learn from.
+
+    Attributes:
+        lengths: int64 ``[N]``, tokens of each row (prompt and longest answer), by which `batch_order` puts rows
+            together; None takes them as they come.
+    """
+
+    lengths: Tensor | None
+
+    def __len__(self) -> int:
+        """N."""
+        ...
+
+    def take(self, rows: Tensor) -> Batch:
+        """The rows with these numbers (int64 ``[B]``), padded to the longest of them: `Preferences`, or
+        `Trajectories`."""
+        ...
+
+
+def batch_order(
+    n: int, size: int, seed: int, pass_number: int, lengths: Tensor | None = None
+) -> list[Tensor]:
+    """The minibatches of one pass over ``n`` rows: every row once, ``size`` in a batch, one batch with the rest. A pure
+    function of its arguments, so a resumed run finds the same batches.
+
+    With ``lengths [n]`` the shuffled rows are cut into windows of 64 batches, sorted by length inside a window, cut into
+    batches, and the batches are shuffled: rows of similar length meet, others every time.
+
+    Raises `UsageError` when there are no rows, or ``size`` is below 1.
+    """
+    if n < 1:
+        raise UsageError("there are no rows to make batches of")
+    if size < 1:
+        raise UsageError(f"a minibatch holds at least one row, not {size}")
+    generator = torch.Generator().manual_seed(mix(seed, pass_number))
+    order = torch.randperm(n, generator=generator)
+    if lengths is None or size == 1:
+        return list(order.split(size))
+    batches: list[Tensor] = []
+    for window in order.split(WINDOW * size):
+        batches += window[lengths[window].argsort(stable=True)].split(size)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+class InMemory:
+    """Any batch as `Data`: `Preferences` or `Trajectories` that are whole in memory.
+
+    Args:
+        batch: at least one row.
+        lengths: see `Data`; None leaves the rows in random order.
+    """
+
+    def __init__(self, batch: Batch, lengths: Tensor | None = None) -> None:
+        if not batch.batch_size or batch.batch_size[0] < 1:
+            raise DataError("the batch holds no rows to learn from")
+        self.batch, self.lengths = batch, lengths
+        self.notes: list[str] = []
+
+    def __len__(self) -> int:
+        return int(self.batch.batch_size[0])
+
+    @property
+    def group(self) -> Tensor | None:
+        """``[N]`` prompt numbers, where the batch has them."""
+        traj = self.batch.chosen if isinstance(self.batch, Preferences) else self.batch
+        return cast(Any, traj).group
+
+    def take(self, rows: Tensor) -> Batch:
+        return cast(Any, self.batch)[rows]
+
+
+Tokens = Iterable[Sequence[int]] | Ragged
+
+
+class _Texts:
+    """What text data have in common: prompts and answers as token ids, batches by ``policy.collate``."""
+
+    def __init__(self, policy: LanguagePolicy, prompts: Tokens, group: Tensor | None) -> None:
+        self.policy = policy
+        self.prompt = Ragged.of(prompts)
+        if not len(self.prompt):
+            raise DataError("there are no rows to learn from")
+        self.group = _numbered(self.prompt) if group is None else group
+        self.notes: list[str] = []  # what was dropped or cut when the rows were read
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def _collate(
+        self, rows: list[int], answers: Ragged, texts: tuple[Sequence[str], Sequence[str]] | None
+    ) -> Trajectories:
+        prompts, tokens = self.prompt.lists(rows), answers.lists(rows)
+        if texts is None:
+            words = Words(self.policy)
+            shown = [words.prompt(ids) for ids in prompts], [words.answer(ids) for ids in tokens]
+        else:
+            shown = [texts[0][i] for i in rows], [texts[1][i] for i in rows]
+        traj = self.policy.collate(prompts, tokens, texts=shown)
+        traj.group = self.group[rows].to(traj.mask.device)
+        return traj
+
+
+def _numbered(prompts: Ragged) -> Tensor:
+    """int64 ``[N]``: equal prompts have the same number, counted in order of appearance."""
+    seen: dict[bytes, int] = {}
+    keys = (prompts.row(i).numpy().tobytes() for i in range(len(prompts)))
+    return torch.tensor([seen.setdefault(key, len(seen)) for key in keys], dtype=torch.int64)
+
+
+def _same_rows(n: int, **columns: Any) -> None:
+    for name, column in columns.items():
+        if column is not None and len(column) != n:
+            raise DataError(f"there are {n} prompts but {len(column)} rows of '{name}'; give one for each")
+
+
+class TextPreferences(_Texts):
+    """Pairs of answers as token ids; ``take`` makes `Preferences`.
+
+    Args:
+        policy: whose tokens they are; its ``collate`` pads.
+        prompts, chosen, rejected: token ids, N rows each; answers with their end-of-text token.
+        strength: ``[N]``, the probability that the label is right.
+        annotator: int64 ``[N]``.
+        scores: ``[N, 2]``, what the chosen and the rejected answer were given; they become the rewards of the sides.
+        margin: ``[N]``, by how much the chosen answer is better; found in ``chosen.inputs["margin"]`` of a batch.
+        texts: prompts, chosen and rejected answers as texts, for judges and readers; None decodes the tokens when a
+            batch is made.
+        group: int64 ``[N]`` prompt numbers; None numbers equal prompts.
+    """
+
+    def __init__(
+        self,
+        policy: LanguagePolicy,
+        prompts: Tokens,
+        chosen: Tokens,
+        rejected: Tokens,
+        strength: Tensor | None = None,
+        annotator: Tensor | None = None,
+        scores: Tensor | None = None,
+        margin: Tensor | None = None,
+        texts: tuple[Sequence[str], Sequence[str], Sequence[str]] | None = None,
+        group: Tensor | None = None,
+    ) -> None:
+        super().__init__(policy, prompts, group)
+        self.chosen, self.rejected = Ragged.of(chosen), Ragged.of(rejected)
+        self.strength, self.annotator, self.scores = strength, annotator, scores
+        self.margin, self.texts = margin, texts
+        _same_rows(
+            len(self),
+            chosen=self.chosen,
+            rejected=self.rejected,
+            strength=strength,
+            annotator=annotator,
+            scores=scores,
+            margin=margin,
+        )
+        longest = torch.maximum(self.chosen.lengths, self.rejected.lengths)
+        self.lengths = self.prompt.lengths + longest
+
+    def take(self, rows: Tensor) -> Preferences:
+        """`Preferences` of these rows."""
+        numbers = rows.tolist()
+        shown = None if self.texts is None else (self.texts[0], self.texts[1])
+        chosen = self._collate(numbers, self.chosen, shown)
+        shown = None if self.texts is None else (self.texts[0], self.texts[2])
+        rejected = self._collate(numbers, self.rejected, shown)
+        if self.scores is not None:
+            chosen = chosen.judged(self.scores[numbers, 0])
+            rejected = rejected.judged(self.scores[numbers, 1])
+        device = chosen.mask.device
+        if self.margin is not None:
+            chosen.inputs["margin"] = self.margin[numbers].to(device)
+        return Preferences(
+            chosen,
+            rejected,
+            None if self.strength is None else self.strength[numbers].to(device),
+            None if self.annotator is None else self.annotator[numbers].to(device),
+        )
+
+
+class TextCompletions(_Texts):
+    """Prompts and answers as token ids, rated or not; ``take`` makes `Trajectories`.
+
+    Args:
+        policy: whose tokens they are; its ``collate`` pads.
+        prompts, answers: token ids, N rows each; answers with their end-of-text token.
+        reward: ``[N]``.
+        rating: ``[N, K]``, several aspects, NaN where one is missing; found in ``inputs["rating"]`` of a batch.
+        texts: prompts and answers as texts; None decodes the tokens when a batch is made.
+        group: int64 ``[N]`` prompt numbers; None numbers equal prompts.
+    """
+
+    def __init__(
+        self,
+        policy: LanguagePolicy,
+        prompts: Tokens,
+        answers: Tokens,
+        reward: Tensor | None = None,
+        rating: Tensor | None = None,
+        texts: tuple[Sequence[str], Sequence[str]] | None = None,
+        group: Tensor | None = None,
+    ) -> None:
+        super().__init__(policy, prompts, group)
+        self.answer = Ragged.of(answers)
+        self.reward, self.rating, self.texts = reward, rating, texts
+        _same_rows(len(self), answers=self.answer, reward=reward, rating=rating)
+        if reward is not None and not bool(reward.isfinite().all()):
+            row = int((~reward.isfinite()).nonzero()[0])
+            raise DataError(f"the reward of row {row + 1} is {reward[row].item()}; expected a finite number")
+        self.lengths = self.prompt.lengths + self.answer.lengths
+
+    def take(self, rows: Tensor) -> Trajectories:
+        """`Trajectories` of these rows, with ``reward`` on the last step where there is one."""
+        numbers = rows.tolist()
+        traj = self._collate(numbers, self.answer, self.texts)
+        if self.reward is not None:
+            traj = traj.judged(self.reward[numbers])
+        if self.rating is not None:
+            traj.inputs["rating"] = self.rating[numbers].to(traj.mask.device)
+        return traj
+
+
+# --- views ------------------------------------------------------------------------------------------------
+
+
+class Subset:
+    """Some rows of other data.
+
+    Args:
+        data: any `Data`.
+        rows: int64 ``[M]``, their numbers.
+    """
+
+    def __init__(self, data: Data, rows: Tensor) -> None:
+        if not len(rows):
+            raise DataError("there are no rows left to learn from")
+        self.data, self.rows = data, rows
+        self.lengths = None if data.lengths is None else data.lengths[rows]
+        group = getattr(data, "group", None)
+        self.group = None if group is None else group[rows]
+        self.notes: list[str] = getattr(data, "notes", [])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, rows: Tensor) -> Batch:
+        return self.data.take(self.rows[rows])
+
+
+def train_test_split(data: Data, test: float | int = 0.1, seed: int = 0) -> tuple[Data, Data]:
+    """Rows to train on and rows to measure on; a random split that ``seed`` decides.
+
+    Rows with one prompt (``data.group``, where there is one) stay together, so that no prompt is trained and measured on;
+    the second part may therefore hold a few rows more than asked for.
+
+    Args:
+        test: a share below 1, or a number of rows.
+
+    Raises `UsageError` when one part would be empty.
+    """
+    n = len(data)
+    wanted = round(test * n) if isinstance(test, float) and test < 1 else int(test)
+    if not 1 <= wanted < n:
+        raise UsageError(f"cannot keep {test} of {n} rows to measure on; both parts need at least one")
+    found = getattr(data, "group", None)
+    group = torch.arange(n) if found is None else found.unique(return_inverse=True)[1]
+    count = group.bincount()
+    generator = torch.Generator().manual_seed(mix(seed, 0x7E57))
+    order = torch.randperm(len(count), generator=generator)
+    last = int((count[order].cumsum(0) < wanted).sum()) + 1
+    held_out = torch.zeros(len(count), dtype=torch.bool)
+    held_out[order[:last]] = True
+    if last == len(count):
+        raise UsageError(
+            f"cannot keep {test} of {n} rows to measure on: the rest has the same prompts ({last} prompts in all)"
+        )
+    rows = torch.arange(n)
+    return Subset(data, rows[~held_out[group]]), Subset(data, rows[held_out[group]])
+
+
+class Groups:
+    """Rated answers by prompt: a row is ``size`` answers to one prompt, which lie side by side in a batch.
+
+    Prompts with more answers give several rows; what is left over, and prompts with fewer, is left out (``notes`` say
+    how much).
+
+    Args:
+        data: rows with ``group``, such as `TextCompletions`.
+        size: answers, at least 2.
+    """
+
+    def __init__(self, data: Data, size: int) -> None:
+        if size < 2:
+            raise UsageError(f"a group holds at least two answers, not {size}")
+        group = getattr(data, "group", None)
+        if group is None:
+            raise UsageError("these rows have no prompt numbers (group), so they cannot be grouped")
+        order = group.argsort(stable=True)
+        parts = order.split(group[order].unique_consecutive(return_counts=True)[1].tolist())
+        whole = [part[: len(part) // size * size].view(-1, size) for part in parts]
+        self.data, self.rows = data, torch.cat(whole)
+        if not len(self.rows):
+            raise DataError(f"no prompt has {size} answers; use smaller groups")
+        self.group = group[self.rows[:, 0]]
+        self.lengths = None if data.lengths is None else data.lengths[self.rows].amax(1)
+        self.notes: list[str] = list(getattr(data, "notes", []))
+        if (left := len(data) - self.rows.numel()) > 0:
+            self.notes.append(
+                f"{left} of {len(data)} answers are left out: they do not fill a group of {size}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, rows: Tensor) -> Batch:
+        """``len(rows) * size`` answers, group by group."""
+        return self.data.take(self.rows[rows].reshape(-1))
+
+
+class WithReference:
+    """Data whose batches carry ``reference_log_prob``. Made by `cached_reference`."""
+
+    def __init__(self, data: Data, sides: list[Ragged]) -> None:
+        self.data, self.sides, self.lengths = data, sides, data.lengths
+        self.group = getattr(data, "group", None)
+        self.notes: list[str] = getattr(data, "notes", [])
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def take(self, rows: Tensor) -> Batch:
+        """The rows, with the reference's log-probabilities on all sides."""
+        batch: Any = self.data.take(rows)
+        numbers = rows.tolist()
+        filled = [
+            traj.with_(reference_log_prob=values.fill(numbers, traj.mask))
+            for traj, values in zip(_sides(batch), self.sides, strict=True)
+        ]
+        if isinstance(batch, Trajectories):
+            return filled[0]
+        batch = batch.clone(False)
+        batch.chosen, batch.rejected = filled
+        return cast(Batch, batch)
+
+
+def cached_reference(data: Data, reference: Any, batch: int = 16) -> WithReference:
+    """``data`` with the log-probabilities of a reference computed once for all rows, not again in every pass.
+
+    They are kept per token, without padding, four bytes each, and equal those computed on the way but for the rounding
+    of other batches. Worth it from the second pass on, or when the reference does not fit beside the actor.
+
+    Args:
+        reference: a role (or policy) that does not learn.
+        batch: rows at a time; similar lengths together.
+    """
+    n = len(data)
+    order = torch.arange(n) if data.lengths is None else data.lengths.argsort(stable=True)
+    found: list[list[Tensor]] = []  # for each side, the values of each row in the order of computing
+    for rows in order.split(batch):
+        sides = _sides(with_reference(cast(Any, data.take(rows)), reference))
+        found = found or [[] for _ in sides]
+        for kept, traj in zip(found, sides, strict=True):
+            flat = traj.reference_log_prob[traj.mask].float().cpu()  # type: ignore[index]
+            kept += flat.split(traj.lengths.tolist())
+    back = order.argsort().tolist()
+    ragged = []
+    for kept in found:
+        values = [kept[i] for i in back]
+        starts = torch.tensor([0, *(len(v) for v in values)]).cumsum(0)
+        ragged.append(Ragged(torch.cat(values), starts))
+    return WithReference(data, ragged)
+
+
+def _sides(batch: Any) -> list[Trajectories]:
+    return [batch.chosen, batch.rejected] if isinstance(batch, Preferences) else [batch]
+
+
+# --- from files --------------------------------------------------------------------------------------------
+
+
+def load_preferences(
+    source: Any,
+    policy: LanguagePolicy,
+    max_prompt: int | None = None,
+    max_length: int | None = None,
+    *,
+    keep: Keep = "auto",
+    too_long: TooLong = "cut",
+    ranked: Ranked = "best_worst",
+    **where: Any,
+) -> TextPreferences:
+    """Pairs of answers from a file or an object; `conventions.pairs` says which columns are read. Every row is checked
+    here, before anything is trained.
+
+    Pairs whose answers are the same are left out, as their tokens say nothing; ``notes`` of the result say how many, and
+    what else was left out or cut. ``strength`` and ``annotator`` are those of `Preferences` (names of annotators are
+    numbered as they appear), ``score_chosen`` and ``score_rejected`` the rewards of the two sides, ``margin`` is found
+    in ``chosen.inputs["margin"]``.
+
+    Args:
+        source: see `read_rows`.
+        policy: whose tokenizer and chat template are used, and whose ``collate`` makes the batches.
+        max_prompt, max_length, keep, too_long: see `Limits`.
+        ranked: pairs of a ranked list: its best and worst answer, or ``"all"`` of different scores.
+        where: ``split``, ``columns``, ``limit`` and ``streaming`` of `read_rows`; ``streaming`` also keeps token ids
+            alone, and texts are decoded when they are asked for.
+
+    Raises:
+        DataError: anything wrong with a file or a row, naming both.
+        UsageError: conversations for a model without a chat template, or limits that leave no room.
+    """
+    check_option("ranked", ranked, get_args(Ranked))
+    reader = Reader(policy, Limits(max_prompt, max_length, keep, too_long), not where.get("streaming"))
+    rows = read_rows(source, **where)
+    notes = reader.read(rows.name, rows, lambda row: conventions.pairs(row, ranked))
+    prompt, chosen, rejected = reader.ragged()
+    data = TextPreferences(
+        policy,
+        prompt,
+        chosen,
+        rejected,
+        strength=reader.numbers("strength"),
+        annotator=_annotators(reader.extra),
+        scores=reader.numbers("scores"),
+        margin=reader.numbers("margin"),
+        texts=cast(Any, reader.texts()),
+    )
+    data.notes = notes
+    return data
+
+
+def _annotators(extra: list[dict[str, Any]]) -> Tensor | None:
+    if "annotator" not in extra[0]:
+        return None
+    who = [e["annotator"] for e in extra]
+    if all(isinstance(name, int) for name in who):
+        return torch.tensor(who, dtype=torch.int64)
+    known: dict[Any, int] = {}
+    return torch.tensor([known.setdefault(name, len(known)) for name in who], dtype=torch.int64)
+
+
+def load_demonstrations(
+    source: Any,
+    policy: LanguagePolicy,
+    max_prompt: int | None = None,
+    max_length: int | None = None,
+    *,
+    keep: Keep = "auto",
+    too_long: TooLong = "cut",
+    turns: Literal["all", "last"] = "all",
+    **where: Any,
+) -> TextCompletions:
+    """Answers to imitate from a file or an object; `conventions.demonstrations` says which columns are read.
+
+    Of a conversation only what the assistant says is learned. Each of its turns is a row of its own, with all that was
+    said before as prompt, because the steps of a trajectory have no gaps. The likelihood is that of one long row with a
+    mask over the turns (where the template writes past turns as it writes the last); the price is that n turns of equal
+    length cost about n / 2 times the tokens. ``turns="last"`` learns the last turn alone.
+
+    Args and errors are those of `load_preferences`.
+    """
+    check_option("turns", turns, ("all", "last"))
+    reader = Reader(policy, Limits(max_prompt, max_length, keep, too_long), not where.get("streaming"))
+    rows = read_rows(source, **where)
+    notes = reader.read(rows.name, rows, lambda row: conventions.demonstrations(row, turns))
+    prompt, answer = reader.ragged()
+    data = TextCompletions(policy, prompt, answer, texts=cast(Any, reader.texts()))
+    data.notes = notes
+    return data
+
+
+def load_rated(
+    source: Any,
+    policy: LanguagePolicy,
+    max_prompt: int | None = None,
+    max_length: int | None = None,
+    *,
+    keep: Keep = "auto",
+    too_long: TooLong = "cut",
+    aspects: Sequence[str] = (),
+    **where: Any,
+) -> TextCompletions:
+    """Answers with a reward from a file or an object; `conventions.ratings` says which columns are read. ``group`` of a
+    row is the number of its prompt.
+
+    Args:
+        aspects: columns of several ratings besides (helpfulness, verbosity, ...), found in ``inputs["rating"] [B, K]``,
+            NaN where one is missing.
+
+    Other args and errors are those of `load_preferences`.
+    """
+    reader = Reader(policy, Limits(max_prompt, max_length, keep, too_long), not where.get("streaming"))
+    rows = read_rows(source, **where)
+    notes = reader.read(rows.name, rows, lambda row: conventions.ratings(row, aspects))
+    prompt, answer = reader.ragged()
+    data = TextCompletions(
+        policy,
+        prompt,
+        answer,
+        reward=reader.numbers("reward"),
+        rating=reader.numbers("aspects"),
+        texts=cast(Any, reader.texts()),
+    )
+    data.notes = notes
+    return data
+
+
+def load_prompts(
+    source: Any, policy: LanguagePolicy | None = None, column: str = "prompt", **where: Any
+) -> list[str]:
+    """Prompts from a file or an object: a text file (one a line), or rows with a ``column`` of texts or messages, or with
+    ``messages`` (up to the assistant's last turn). Conversations are written out by the chat template of ``policy``.
+
+    Raises:
+        DataError: anything wrong with a file or a row, naming both.
+        UsageError: conversations without a policy that can read them.
+    """
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        suffix = path.suffix.lower()
+        if path.is_file() and suffix not in (*KINDS, ".gz"):
+            return read_prompts(path)
+    elif isinstance(source, Sequence) and source and all(isinstance(text, str) for text in source):
+        return list(source)
+    rows = read_rows(source, **where)
+    prompts: list[str] = []
+    form: type | None = None
+    for row in rows:
+        prompt = conventions.prompt_of(row, column)
+        form = form or type(prompt)
+        if type(prompt) is not form:
+            raise row.error("plain texts and conversations are mixed; use one form")
+        if isinstance(prompt, list):
+            if policy is None:
+                raise UsageError(
+                    f"{row.source}, row {row.number} holds a conversation, which only a language model's chat template "
+                    "can write out; give prompts as plain texts"
+                )
+            prompts.append(Words(policy).render(Example(row, prompt, (), (column,)))[0])
+        else:
+            prompts.append(prompt)
+    return prompts
