@@ -161,7 +161,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "command": (["trian"], ["unknown command 'trian'", "did you mean 'train'?"]),
     "no method": (["train", "--task", "bandit"], ["the method is missing"]),
     "method": (["train", "rlmc"], ["there is no system 'rlmc'", "did you mean 'rlcm'?"]),
-    "planned method": (["train", "dpo"], ["'dpo' is planned, not built yet", "ready: ", "rlcm"]),
+    "planned method": (["train", "cpl"], ["'cpl' is planned, not built yet", "ready: ", "rlcm"]),
     "option": ([*BANDIT, "--minibach", "3"], ["unknown option '--minibach'", "did you mean '--minibatch'?"]),
     "strange option": (
         [*BANDIT, "--zzzzqqq", "3"],

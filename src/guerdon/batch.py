@@ -455,7 +455,7 @@ class Preferences(Batch):
 
     Args:
         chosen, rejected: `Trajectories` of ``B`` rows each (their ``T`` may differ).
-        strength: ``[B]``, the probability that the label is right, or a margin; 0.5 is a tie.
+        strength: ``[B]``, the probability that the label is right; 0.5 is a tie.
         annotator: ``[B]`` int64, who said so.
     """
 

@@ -122,7 +122,7 @@ SYSTEMS: tuple[System, ...] = (
         " fashion",
         "language categorical",
         "Off-policy pairs: each answer's baseline is the other's regularised reward",
-        paper=9,
+        paper=9, ready=True,
     ),
     _row(
         "online", "stream_x", "StreamQ", "Elsayed et al., 2024", "2410.14606",
@@ -405,6 +405,7 @@ SYSTEMS: tuple[System, ...] = (
         "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs",
         "language",
         "REINFORCE with the mean of the other samples as baseline",
+        ready=True,
     ),
     _row(
         "online", "remax", "ReMax", "Li et al., 2024", "2310.10505",
@@ -424,13 +425,14 @@ SYSTEMS: tuple[System, ...] = (
         "Learning to summarize from human feedback",
         "language",
         "Samples n answers and keeps the one that the judge scores highest",
+        ready=True,
     ),
     _row(
         "online", "rejection_sampling", "RejectionSampling", "Yuan et al., 2023", "2308.01825",
         "Scaling Relationship on Learning Mathematical Reasoning with Large Language Models",
         "language",
         "Fine-tunes on the model's own answers that pass the check (RFT)",
-        aliases="rft",
+        aliases="rft raft rest", ready=True,
     ),
     # ------------------------------------------------------------------ preference: comparisons
     _row(
@@ -452,14 +454,14 @@ SYSTEMS: tuple[System, ...] = (
         "Direct Nash Optimization: Teaching Language Models to Self-Improve with General Preferences",
         "language tabular",
         "Self-improvement towards the answers that no others beat, by batched regression",
-        paper=12,
+        paper=12, ready=True,
     ),
     _row(
         "preference", "nash_md", "NashMD", "Munos et al., 2024", "2312.00886",
         "Nash Learning from Human Feedback",
         "language tabular",
         "Mirror descent against a mixture of policy and reference reaches the Nash equilibrium",
-        paper=20, aliases="nash_ema nlhf",
+        paper=20, aliases="nash_ema nlhf", ready=True,
     ),
     _row(
         "preference", "d3po", "D3PO", "Yang et al., 2024", "2311.13231",
@@ -473,7 +475,7 @@ SYSTEMS: tuple[System, ...] = (
         "The Importance of Online Data: Understanding Preference Fine-tuning via Coverage",
         "language tabular",
         "DPO on recorded pairs plus a KL penalty on the policy's own samples",
-        paper=33,
+        paper=33, ready=True,
     ),
     _row(
         "preference", "rso", "RSO", "Liu et al., 2024", "2309.06657",
@@ -487,7 +489,7 @@ SYSTEMS: tuple[System, ...] = (
         "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
         "language tabular",
         "One logistic loss on preference pairs; the log-ratio to the reference is the reward",
-        paper=73,
+        paper=73, ready=True,
     ),
     _row(
         "preference", "diffusion_dpo", "DiffusionDPO", "Wallace et al., 2024", "2311.12908",
@@ -616,6 +618,7 @@ SYSTEMS: tuple[System, ...] = (
         "Training language models to follow instructions with human feedback",
         "language",
         "Supervised fine-tuning on written answers",
+        ready=True,
     ),
     _row(
         "imitation", "bc", "BC", "Pomerleau, 1988", "",
@@ -707,8 +710,16 @@ SYSTEMS: tuple[System, ...] = (
     _row(
         "reward", "bradley_terry", "BradleyTerry", "Christiano et al., 2017", "1706.03741",
         "Deep reinforcement learning from human preferences",
-        "reward_model",
+        "reward_model language",
         "A reward model by maximum likelihood of pairwise choices",
+        aliases="reward_model", ready=True,
+    ),
+    _row(
+        "reward", "preference_model", "PairwisePreference", "Jiang et al., 2023", "2306.02561",
+        "LLM-Blender: Ensembling Large Language Models with Pairwise Ranking and Generative Fusion",
+        "reward_model language",
+        "A judge that reads both answers of a pair at once, so it may prefer in circles",
+        ready=True,
     ),
     # ------------------------------------------------------------------ distillation: a teacher
     _row(

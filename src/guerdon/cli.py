@@ -28,7 +28,7 @@ guerdon: any policy (a controller, a language model, an image generator) learns 
                                                  the methods: what works, what is planned
   guerdon tasks                                  the ready problems
   guerdon reproduce METHOD [--seeds N]           run the experiment that shows the paper's claim
-  guerdon bench roles|images|control                   speed beside plain PyTorch and diffusers
+  guerdon bench roles|images|control|language          speed beside plain PyTorch and other libraries
 
 Start here:  guerdon train rlcm
 Help on one command:  guerdon COMMAND --help
@@ -146,7 +146,7 @@ def _train(args: list[str]) -> int:
         print(f"usage: {usage}\n\nMethods that work today ('guerdon list' shows all):")
         for system in catalog.systems(status="ready"):
             if system.method is not None:  # studies are reproduced, not trained
-                print(f"  {system.slug:<14}{system.summary}")
+                print(f"  {system.slug:<20}{system.summary}")
         print("\nguerdon train METHOD --help lists a method's options.")
         return 0
     slug, rest = _positional(args, "the method", usage)
@@ -242,6 +242,12 @@ class SampleOptions:
     count: int = 1  # samples of each prompt
     seed: int = 0  # of the noise
     guidance: float | None = None  # guidance scale; by default as in training
+    temperature: float | None = None  # of texts; by default as in training
+    top_k: int | None = None  # of texts: draw from this many likeliest tokens
+    top_p: float | None = None  # of texts: draw from the likeliest tokens that make up this probability
+    greedy: bool = False  # of texts: always the likeliest token
+    beams: int | None = None  # of texts: the likeliest answer that a search with so many beams finds
+    max_new_tokens: int | None = None  # of texts: tokens of an answer
     out: str = "grid.png"  # the picture to write
     untrained: bool = False  # also show the model as it was before training
     device: str = "auto"  # auto, cpu, cuda
@@ -269,6 +275,9 @@ class EvaluateOptions:
     env: str | None = None  # environment to play in; by default the run's own
     env_options: str | None = None  # its keyword arguments, a JSON object, beside the run's
     steps: str = ""  # of a generator: sampling steps, comma-separated for a row each
+    data: str | None = None  # of a bare language model: recorded rows to measure it on
+    prompts: str | None = None  # of a bare language model: prompts to answer
+    reward: str | None = None  # of a bare language model: the judge of its answers
     device: str = "auto"  # auto, cpu, cuda
 
 
@@ -364,7 +373,9 @@ def _reproduce(args: list[str]) -> int:
 
 
 def _bench(args: list[str]) -> int:
-    what, rest = _positional(args, "what to time", "guerdon bench roles|images|control [--out results]")
+    what, rest = _positional(
+        args, "what to time", "guerdon bench roles|images|control|language [--out results]"
+    )
     from guerdon import benchmarks
 
     return benchmarks.main(what, rest)

@@ -216,7 +216,9 @@ def _assemble(
     wants = inspect.signature(method.train).parameters
     if "reward" in settings and "actor" not in settings:  # what it trains is a judge
         policy = task.policy(kind)
-        models: dict[str, Any] = {"reward": task.reward_model(policy)}
+        # one that trains judges of a kind of its own makes them
+        make = getattr(method, "judge", task.reward_model)
+        models: dict[str, Any] = {"reward": make(policy)}
     elif hasattr(method, "models"):  # it builds its own networks, to fit the environment
         if not isinstance(task, Control) or pieces.model is not None:
             raise UsageError(
@@ -236,7 +238,9 @@ def _assemble(
         if "reward" in settings:
             models["reward"] = task.reward_model(policy)
         if getattr(method, "judged", False) and feedback.name == "none":
-            raise UsageError(f"'{slug}' needs a judge: name one with --reward (file.py:function, or model=PATH)")
+            raise UsageError(
+                f"'{slug}' needs a judge: name one with --reward (file.py:function, or model=PATH)"
+            )
     data = {
         name: getattr(task, name)(policy, seed)
         for name, parameter in wants.items()
@@ -515,7 +519,7 @@ def _plots(folder: Path, records: list[dict[str, Any]]) -> list[str]:
         written.append(
             str(curves(records, keys, folder / "curves.png", names={"accuracy": "prompt accuracy"}))
         )
-    if len(keys) == 2 and len(records) > 1:
+    if keys == ["reward", "accuracy"] and len(records) > 1:
         path = folder / "reward_accuracy.png"
         written.append(
             str(

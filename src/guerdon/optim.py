@@ -23,13 +23,14 @@ class Optimiser:
         lr: learning rate.
         schedule: how it decays from ``lr`` to 0 over ``total`` updates ("constant" does not).
         warmup: updates over which it rises linearly from 0.
-        total: updates until a decaying schedule reaches 0; needed for "linear" and "cosine".
+        total: updates until a decaying schedule reaches 0; needed for "linear" and "cosine". None: not known yet, because
+            it depends on the data; the method tells the role (`Role.expect`) before the first update.
     """
 
     lr: float = 3e-4
     schedule: Schedule = "constant"
     warmup: int = 0
-    total: int = 0
+    total: int | None = 0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lr) and self.lr >= 0):
@@ -38,15 +39,23 @@ class Optimiser:
             raise UsageError(
                 f"unknown schedule '{self.schedule}'; {nearest(self.schedule, get_args(Schedule))}"
             )
-        if self.schedule != "constant" and self.total <= 0:
+        if self.schedule != "constant" and self.total is not None and self.total <= 0:
             raise UsageError(f"the '{self.schedule}' schedule needs total > 0 updates")
 
     def factor(self, update: int) -> float:
-        """What multiplies ``lr`` at the given update (the first is 0)."""
+        """What multiplies ``lr`` at the given update (the first is 0). Raises `UsageError` where ``total`` is wanted and
+        nobody told it."""
         factor = min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0
+        if self.schedule == "constant":
+            return factor
+        if self.total is None:
+            raise UsageError(
+                f"the '{self.schedule}' schedule does not know how many updates there will be; give the optimiser total=, "
+                "or call role.expect(updates) before the first one"
+            )
         if self.schedule == "linear":
             factor *= max(0.0, 1.0 - update / self.total)
-        elif self.schedule == "cosine":
+        else:
             factor *= 0.5 * (1.0 + math.cos(math.pi * min(1.0, update / self.total)))
         return factor
 
@@ -118,9 +127,7 @@ class RMSprop(Optimiser):
     weight_decay: float = 0.0
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.RMSprop(
-            parameters, self.lr, self.alpha, self.eps, self.weight_decay, foreach=True
-        )
+        return torch.optim.RMSprop(parameters, self.lr, self.alpha, self.eps, self.weight_decay, foreach=True)
 
     def pure_state(self, weights: Tensor) -> dict[str, Tensor]:
         return {"square": torch.zeros_like(weights)}

@@ -322,6 +322,13 @@ class Role:
         self._moved()
         return metrics
 
+    def expect(self, updates: int) -> None:
+        """Say how many updates there will be in all, where the optimiser's schedule was left open (``total=None``) because
+        only the data tell. A resumed run says it again: the number is not part of the state."""
+        optimiser = self.settings.optimiser
+        if optimiser is not None and optimiser.total is None:
+            self.settings = replace(self.settings, optimiser=replace(optimiser, total=updates))
+
     def _rate(self) -> float:
         optimiser = self.settings.optimiser
         assert optimiser is not None

@@ -14,13 +14,18 @@ from guerdon.errors import UsageError
 from guerdon.evaluation import control
 from guerdon.evaluation.control import Film
 from guerdon.experience.environments import make
+from guerdon.policies.base import Policy
 from guerdon.policies.control import Controller, load_controller
+from guerdon.policies.language import LanguagePolicy, is_language_model
 from guerdon.policies.pretrained import load_policy
 from guerdon.policies.saving import read_json
 from guerdon.randomness import row_seeds
 from guerdon.roles import Role
 from guerdon.run.config import read_config
+from guerdon.search import beam_search
+from guerdon.tasks.base import Pieces
 from guerdon.tasks.control import EPISODES, SEED, Control, parse_options
+from guerdon.tasks.text import Text
 
 
 def _steps(text: str) -> list[int]:
@@ -52,7 +57,12 @@ def _actors(folder: str, untrained: bool, device: str) -> tuple[list[tuple[str, 
     if not Path(folder).exists() and folder.startswith("runs/"):
         raise UsageError(f"there is no run at {folder}")
     engine = LocalEngine(device)
-    return [("", engine.role("actor", load_policy(folder)))], {}, None
+    policy: Any = LanguagePolicy.from_pretrained(folder) if is_language_model(folder) else load_policy(folder)
+    return [("", engine.role("actor", policy))], {}, None
+
+
+# options of ``guerdon sample`` that are about texts, by the names of the sampler
+_OF_TEXTS = ("temperature", "top_k", "top_p", "greedy", "max_new_tokens")
 
 
 def sample(folder: str, options: Any) -> Iterator[str]:
@@ -71,6 +81,16 @@ def sample(folder: str, options: Any) -> Iterator[str]:
     seeds = row_seeds(options.seed, 0, len(rows))
     if options.guidance is not None:
         sampling = {**sampling, "guidance": options.guidance}
+    if not isinstance(actors[0][1].model, Policy):
+        raise UsageError(f"{folder} holds a judge, not a policy: it cannot answer prompts")
+    written = {name: value for name in _OF_TEXTS if (value := getattr(options, name)) not in (None, False)}
+    if (written or options.beams) and not isinstance(actors[0][1].model, LanguagePolicy):
+        name = next(iter(written), "beams").replace("_", "-")
+        raise UsageError(f"{folder} holds no language model; --{name} does not apply to it")
+    sampling = {**sampling, **written}
+    if options.beams:
+        yield from _beams(actors, prompts, options)
+        return
     made: list[tuple[str, Trajectories]] = []
     for label, actor in actors:
         for number in steps:
@@ -100,11 +120,26 @@ def sample(folder: str, options: Any) -> Iterator[str]:
                 yield json.dumps({"prompt": prompt, "action": action} | ({"model": label} if label else {}))
 
 
+def _beams(actors: list[tuple[str, Role]], prompts: list[str], options: Any) -> Iterator[str]:
+    """The likeliest answers that a beam search finds, one a prompt."""
+    if options.beams < 1:
+        raise UsageError(f"--beams is {options.beams}; it must be at least 1")
+    for label, actor in actors:
+        limit = options.max_new_tokens or actor.model.max_new_tokens
+        traj = actor.evaluate(
+            lambda model, rows, limit=limit: beam_search(model, rows, options.beams, max_new_tokens=limit),
+            prompts,
+        )
+        for prompt, text in zip(traj.prompts, traj.texts, strict=True):
+            yield json.dumps({"prompt": prompt, "text": text} | ({"model": label} if label else {}))
+
+
 def evaluate(folder: str, options: Any) -> Iterator[str]:
     """Measure the policy in ``folder``; yields the lines of a table.
 
     A controller (of a run, or a saved model with ``options.env``) plays whole episodes. Any other run's policy is
-    measured as training does, before and after, at one or several numbers of steps.
+    measured as training does, before and after, at one or several numbers of steps. A language model of its own is
+    measured on recorded rows (``options.data``) or on answers to ``options.prompts`` that ``options.reward`` judges.
 
     Raises `UsageError` for options that do not apply to what is in the folder.
     """
@@ -112,8 +147,16 @@ def evaluate(folder: str, options: Any) -> Iterator[str]:
     if _holds_model(folder):
         yield from _episodes(load_controller(folder), None, folder, options)
         return
+    if is_language_model(folder):
+        yield from _language(folder, options)
+        return
     if not (Path(folder) / "config.json").is_file():
         raise UsageError(f"there is no run at {folder}")
+    for name in ("data", "prompts", "reward"):
+        if getattr(options, name) is not None:
+            raise UsageError(
+                f"{folder} is a run, measured as it was trained; --{name} is for a bare language model"
+            )
     trained = launch.load(folder, device=options.device)
     if isinstance(trained.actor.model, Controller) and isinstance(trained.task, Control):
         yield from _episodes(trained.actor.model, trained.task, folder, options)
@@ -142,6 +185,23 @@ def evaluate(folder: str, options: Any) -> Iterator[str]:
                 )
             shown = "".join(f"  {figures[name]:>{max(len(name), 8)}.4g}" for name in header)
             yield f"{number or '':>6}  {label:<7}{shown}"
+
+
+def _language(folder: str, options: Any) -> Iterator[str]:
+    """Figures of a bare language model."""
+    pieces = Pieces(model=folder, data=options.data, prompts=options.prompts, reward=options.reward)
+    if options.data is None and (options.prompts is None or options.reward is None):
+        raise UsageError(
+            f"{folder} is a language model: say what to measure it on, --data FILE, or --prompts FILE with --reward"
+        )
+    task = Text(pieces)
+    policy = task.policy("language")
+    if options.data is not None:
+        task.hold_out(policy)
+    actor = LocalEngine(options.device).role("actor", policy)
+    figures = task.measure(actor, task.feedback()).figures
+    yield "".join(f"  {name:>{max(len(name), 8)}}" for name in figures)
+    yield "".join(f"  {value:>{max(len(name), 8)}.4g}" for name, value in figures.items())
 
 
 # --- controllers ------------------------------------------------------------------------------------------

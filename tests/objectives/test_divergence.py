@@ -204,3 +204,95 @@ def test_what_does_not_fit_is_said() -> None:
         divergence.estimate_kl(rand(1, 1), rand(1, 1), "k4")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="sum"):
         divergence.entropy(gaussian(3), "total")  # type: ignore[arg-type]
+
+
+# --- f-divergences and the KL of sequences ----------------------------------------------------------------
+
+F = {
+    "reverse_kl": lambda u: u * u.log(),
+    "forward_kl": lambda u: -u.log(),
+    "js": lambda u: u * u.log() - (u + 1) * ((u + 1) / 2).log(),
+    "alpha": lambda u: (u**0.7 - 0.7 * u - 0.3) / (0.3 * (0.3 - 1)),
+}
+
+
+@pytest.mark.parametrize("how", F)
+def test_f_divergence_is_its_definition(how: Any) -> None:
+    p, q = categorical(6), categorical(6, seed=1)
+    dp, dq = p["logits"].softmax(-1), q["logits"].softmax(-1)
+    expected = (dq * F[how](dp / dq)).sum(-1)
+    torch.testing.assert_close(divergence.f_divergence(p, q, how, 0.3), expected)
+    mask = torch.rand(B, T, generator=torch.Generator().manual_seed(0)) < 0.6
+    found = divergence.f_divergence(p, q, how, 0.3, mask)
+    torch.testing.assert_close(found, torch.where(mask, expected, 0.0))
+    zero = divergence.f_divergence(p, p, how, 0.3)
+    torch.testing.assert_close(zero, torch.zeros_like(zero), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("how", F)
+def test_f_score_is_the_derivative_shifted_to_zero_at_one(how: Any) -> None:
+    u = torch.tensor([0.05, 0.5, 1.0, 1.7, 20.0], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(F[how](u).sum(), u)
+    at_one = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    (shift,) = torch.autograd.grad(F[how](at_one).sum(), at_one)
+    torch.testing.assert_close(divergence.f_score(u.detach().log(), how, 0.3), slope - shift)
+
+
+def test_alpha_divergence_lies_between_the_two_kls() -> None:
+    ratio = torch.linspace(-3, 3, 9, dtype=torch.float64)
+    for alpha, how in ((1e-6, "reverse_kl"), (1 - 1e-6, "forward_kl")):
+        torch.testing.assert_close(
+            divergence.f_score(ratio, "alpha", alpha),
+            divergence.f_score(ratio, how),  # type: ignore[arg-type]
+            atol=1e-4,
+            rtol=1e-4,
+        )
+
+
+@pytest.mark.parametrize("how", F)
+def test_f_score_of_huge_ratios_is_finite(how: Any) -> None:
+    ratio = torch.tensor([-500.0, 0.0, 500.0], requires_grad=True)
+    score = divergence.f_score(ratio, how)
+    score.sum().backward()
+    assert bool(score.isfinite().all())
+    assert ratio.grad is not None
+    assert bool(ratio.grad.isfinite().all())
+    assert score[1].item() == pytest.approx(0.0, abs=1e-7)
+
+
+def test_sequence_kl_is_the_kl_of_whole_trajectories() -> None:
+    """Two tokens, the second depends on the first: the mean over all sequences is the exact KL between sequences."""
+    first_p, first_q = rand(3, seed=1).log_softmax(0), rand(3, seed=2).log_softmax(0)
+    next_p, next_q = rand(3, 3, seed=3).log_softmax(1), rand(3, 3, seed=4).log_softmax(1)
+    log_p, log_q = first_p[:, None] + next_p, first_q[:, None] + next_q
+    exact = (log_p.exp() * (log_p - log_q)).sum()
+    token = torch.arange(3).repeat_interleave(3)  # every sequence once
+    p, q = (
+        TensorDict({"logits": torch.stack([first.expand(9, 3), follow[token]], 1)}, batch_size=[9, 2])
+        for first, follow in ((first_p, next_p), (first_q, next_q))
+    )
+    mask = torch.ones(9, 2, dtype=torch.bool)
+    per_sequence = divergence.sequence_kl(p, q, mask)
+    assert per_sequence.shape == (9,)
+    torch.testing.assert_close((log_p.exp().flatten() * per_sequence).sum(), exact)
+    sampled = (
+        log_p - log_q
+    ).flatten()  # k1 summed along each sequence: as exact on average, but scattered more
+    spread = lambda x: float((log_p.exp().flatten() * (x - exact) ** 2).sum())
+    assert spread(per_sequence) < 0.5 * spread(sampled)
+    mask[:, 1] = False
+    torch.testing.assert_close(
+        divergence.sequence_kl(p, q, mask)[0], (first_p.exp() * (first_p - first_q)).sum()
+    )
+
+
+def test_f_divergences_refuse_what_they_cannot_do(unchecked: None) -> None:
+    p = categorical(6)
+    with pytest.raises(UsageError, match="there is no divergence 'kl'"):
+        divergence.f_score(torch.zeros(2), "kl")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="between 0 and 1"):
+        divergence.f_divergence(p, p, "alpha", 1.0)
+    with pytest.raises(ShapeError, match=r"needs logits \[B, T, A\]"):
+        divergence.f_divergence(gaussian(2), gaussian(2), "js")
+    with pytest.raises(ShapeError, match=r"needs logits \[B, T, A\]"):
+        divergence.f_divergence(categorical(2, 3), categorical(2, 3), "alpha")

@@ -20,6 +20,7 @@ BENCHMARKS = {
     "roles": "what the frame costs",
     "images": "sampling and training of the tiny image models",
     "control": "controllers beside Stable-Baselines3",
+    "language": "language models beside TRL",
 }
 
 

@@ -48,6 +48,11 @@ class Data(Protocol):
         ...
 
 
+def batch_count(n: int, size: int, passes: int = 1) -> int:
+    """How many minibatches `batch_order` makes of ``n`` rows in so many passes."""
+    return passes * -(-n // max(1, size))
+
+
 def batch_order(
     n: int, size: int, seed: int, pass_number: int, lengths: Tensor | None = None
 ) -> list[Tensor]:
@@ -451,7 +456,7 @@ def load_preferences(
         chosen,
         rejected,
         strength=reader.numbers("strength"),
-        annotator=_annotators(reader.extra),
+        annotator=_annotators(reader.extra.get("annotator")),
         scores=reader.numbers("scores"),
         margin=reader.numbers("margin"),
         texts=cast(Any, reader.texts()),
@@ -460,10 +465,10 @@ def load_preferences(
     return data
 
 
-def _annotators(extra: list[dict[str, Any]]) -> Tensor | None:
-    if "annotator" not in extra[0]:
+def _annotators(who: list[Any] | None) -> Tensor | None:
+    """int64 ``[N]``: numbers as they are, names numbered in order of appearance."""
+    if who is None:
         return None
-    who = [e["annotator"] for e in extra]
     if all(isinstance(name, int) for name in who):
         return torch.tensor(who, dtype=torch.int64)
     known: dict[Any, int] = {}
@@ -486,7 +491,8 @@ def load_demonstrations(
     Of a conversation only what the assistant says is learned. Each of its turns is a row of its own, with all that was
     said before as prompt, because the steps of a trajectory have no gaps. The likelihood is that of one long row with a
     mask over the turns (where the template writes past turns as it writes the last); the price is that n turns of equal
-    length cost about n / 2 times the tokens. ``turns="last"`` learns the last turn alone.
+    length cost about n / 2 times the tokens. ``turns="last"`` learns the last turn alone. The turns of a conversation have one
+    ``group``, so that `train_test_split` keeps them together.
 
     Args and errors are those of `load_preferences`.
     """
@@ -495,7 +501,8 @@ def load_demonstrations(
     rows = read_rows(source, **where)
     notes = reader.read(rows.name, rows, lambda row: conventions.demonstrations(row, turns))
     prompt, answer = reader.ragged()
-    data = TextCompletions(policy, prompt, answer, texts=cast(Any, reader.texts()))
+    group = _numbered(prompt)[reader.first_of_row()]
+    data = TextCompletions(policy, prompt, answer, texts=cast(Any, reader.texts()), group=group)
     data.notes = notes
     return data
 
@@ -549,7 +556,7 @@ def load_prompts(
     if isinstance(source, (str, Path)):
         path = Path(source)
         suffix = path.suffix.lower()
-        if path.is_file() and suffix not in (*KINDS, ".gz"):
+        if suffix not in (*KINDS, ".gz") and (path.is_file() or suffix):
             return read_prompts(path)
     elif isinstance(source, Sequence) and source and all(isinstance(text, str) for text in source):
         return list(source)

@@ -1,4 +1,4 @@
-"""Distances between step distributions: exact KL, entropy, log-densities, and KL estimated from samples.
+"""Distances between step distributions: exact KL, entropy, log-densities, f-divergences, and KL estimated from samples.
 
 A distribution is a TensorDict ``[B, T]`` as `Policy.distribution` returns it:
 
@@ -24,8 +24,10 @@ from guerdon.errors import ShapeError, UsageError, nearest
 
 Event = Literal["sum", "mean"]
 Estimator = Literal["k1", "k2", "k3"]
+FDivergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
 _HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
+_LARGEST_EXPONENT = 80.0  # exp of it is a finite float32, also times a few thousand
 
 
 def kl(
@@ -130,6 +132,89 @@ def estimate_kl(
     if estimator == "k3":
         return k3(log_p, log_q)
     raise UsageError(f"there is no KL estimator '{estimator}': {nearest(estimator, get_args(Estimator))}")
+
+
+def sequence_kl(
+    p: TensorDictBase, q: TensorDictBase, mask: Bool[Tensor, "batch step"], event: Event = "sum"
+) -> Float[Tensor, " batch"]:
+    """``[B]``: the exact `kl` of every real step, summed along each trajectory.
+
+    Its mean over trajectories that ``p``'s policy drew is unbiased for the KL between whole trajectories (the
+    chain rule of the KL) and varies less than the sum of `k1`, because at each step the expectation over the
+    next action is taken exactly and only the states are sampled. Raises as `kl` does.
+    """
+    return kl(p, q, event, mask).sum(1)
+
+
+# --- f-divergences ----------------------------------------------------------------------------------------
+
+
+def f_divergence(
+    p: TensorDictBase,
+    q: TensorDictBase,
+    how: FDivergence = "reverse_kl",
+    alpha: float = 0.5,
+    mask: Bool[Tensor, "batch step"] | None = None,
+) -> Float[Tensor, "batch step"]:
+    """Exact ``sum_a q(a) f(p(a) / q(a))`` of each step, ``[B, T]``, for categorical steps of one component.
+
+    Args:
+        how: with ``u = p/q``: ``"reverse_kl"``, KL(p || q), ``f = u log u``; ``"forward_kl"``, KL(q || p),
+            ``f = -log u``; ``"js"``, KL(p || m) + KL(q || m) with m the mean of both, ``f = u log u -
+            (u + 1) log((u + 1) / 2)``; ``"alpha"``, ``f = (u^(1 - alpha) - (1 - alpha) u - alpha) /
+            (alpha (alpha - 1))``, which tends to the reverse KL for alpha to 0 and to the forward KL for alpha to 1
+            (Wang et al., 2024, "Beyond reverse KL").
+
+    Raises `UsageError` on an unknown divergence or an ``alpha`` outside (0, 1), `ShapeError` on other steps.
+    """
+    if how == "reverse_kl":
+        return kl(p, q, "sum", mask)
+    if how == "forward_kl":
+        return kl(q, p, "sum", mask)
+    for name, one in (("p", p), ("q", q)):
+        if _kind(one, name) != "categorical" or one["logits"].ndim != 3:
+            raise ShapeError(f"f_divergence '{how}' needs logits [B, T, A]; {name} has another form")
+    log_p, log_q = _log_softmax(p, mask), _log_softmax(q, mask)
+    if how == "js":
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        terms = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
+        return _join(terms.sum(-1), "sum", mask)
+    _check_divergence(how, alpha)
+    overlap = ((1 - alpha) * log_p + alpha * log_q).exp().sum(-1)
+    return _join((1 - overlap) / (alpha * (1 - alpha)), "sum", mask)
+
+
+def f_score(
+    log_ratio: Float[Tensor, " *batch"], how: FDivergence = "reverse_kl", alpha: float = 0.5
+) -> Float[Tensor, " *batch"]:
+    """``f'(u)`` at ``u = exp(log_ratio)``, shifted to be 0 at ``u = 1``: what an f-divergence makes of the log-ratio.
+
+    A policy that maximises reward minus ``beta`` times that divergence from a reference has reward ``beta f'(u)``
+    up to a number that depends on the prompt alone, so that preference losses stay as they are and read
+    this instead of the log-ratio (Wang et al., 2024, "Beyond reverse KL"). Exponents above 80 are cut off
+    (with no gradient beyond).
+
+    Args:
+        log_ratio: of any shape, policy over reference.
+        how, alpha: as for `f_divergence`: log u; 1 - 1/u; log(2u / (u + 1)); (1 - u^-alpha) / alpha.
+
+    Raises `UsageError` on an unknown divergence or an ``alpha`` outside (0, 1).
+    """
+    if how == "reverse_kl":
+        return log_ratio
+    if how == "forward_kl":
+        return -(-log_ratio).clamp(max=_LARGEST_EXPONENT).expm1()
+    if how == "js":
+        return torch.nn.functional.logsigmoid(log_ratio) + math.log(2)
+    _check_divergence(how, alpha)
+    return -(-alpha * log_ratio).clamp(max=_LARGEST_EXPONENT).expm1() / alpha
+
+
+def _check_divergence(how: str, alpha: float) -> None:
+    if how not in get_args(FDivergence):
+        raise UsageError(f"there is no divergence '{how}': {nearest(how, get_args(FDivergence))}")
+    if how == "alpha" and not 0 < alpha < 1:
+        raise UsageError(f"the alpha-divergence needs alpha between 0 and 1, not {alpha}")
 
 
 # --- inside -----------------------------------------------------------------------------------------------

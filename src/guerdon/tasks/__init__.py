@@ -37,6 +37,24 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
         ("categorical",),
         "a contextual bandit with known means",
     ),
+    "reviews": (
+        "guerdon.tasks.reviews.task",
+        "Reviews",
+        ("language",),
+        "a tiny language model writes film reviews; the judge likes praise",
+    ),
+    "text": (
+        "guerdon.tasks.text",
+        "Text",
+        ("language",),
+        "your own language model: --model M with --data, or with --prompts and --reward",
+    ),
+    "enumlm": (
+        "guerdon.tasks.enumlm.task",
+        "EnumLM",
+        ("language",),
+        "answers of four letters, all 4096 of them enumerable: every figure is exact",
+    ),
     "tokens": (
         "guerdon.tasks.tokens",
         "Tokens",
