@@ -580,6 +580,32 @@ def test_an_update_takes_the_rate_of_its_number() -> None:
         assert equal(weights(actor), before) == (i >= 5)
 
 
+def test_a_schedule_may_be_left_open_until_the_data_are_known() -> None:
+    open_end, known = SGD(0.1, "linear", 2, total=None), SGD(0.1, "linear", 2, total=5)
+    batch, told, given = episodes(LENGTHS), role(open_end), role(known)
+    with pytest.raises(UsageError, match="does not know how many updates"):
+        told.update(batch, Reinforce())
+    assert equal(weights(told), weights(given))
+    told.expect(5)
+    given.expect(99)  # what was given stands
+    told_late = role(open_end)
+    for i in range(6):
+        for actor in (told, given):
+            actor.update(batch, Reinforce())
+        if i == 2:
+            told_late.load_state_dict(told.state_dict())
+            told_late.expect(5)  # a resumed run says it again
+        if i > 2:
+            told_late.update(batch, Reinforce())
+    assert equal(weights(told), weights(given))
+    assert equal(weights(told), weights(told_late))
+    flat = role(SGD(0.1, total=None))  # a constant rate needs no number
+    flat.update(batch, Reinforce())
+    with pytest.raises(UsageError, match="needs total > 0"):
+        role(open_end).expect(0)
+    role().expect(3)  # a role that does not learn has nothing to expect
+
+
 # --- the local engine -------------------------------------------------------------------------------------
 
 

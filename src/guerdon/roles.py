@@ -130,6 +130,7 @@ class Role:
             for verb in ("gradient_checkpointing_enable", "enable_gradient_checkpointing"):
                 if hasattr(core, verb):
                     getattr(core, verb)()
+                    _recompute(core)
                     break
             else:
                 raise UsageError(f"{name}: {type(core).__name__} cannot checkpoint activations")
@@ -305,6 +306,8 @@ class Role:
         finally:
             if settings.dropout:
                 self.model.eval()
+                if settings.checkpoint_activations:
+                    _recompute(_core(self.model))
         if settings.max_grad_norm is not None:
             metrics["grad_norm"] = check = nn.utils.clip_grad_norm_(self._parameters, settings.max_grad_norm)
         else:
@@ -640,6 +643,14 @@ class Role:
     def save(self, folder: str | Path) -> None:
         """Write the model in its ecosystem's format (`Policy.save_pretrained`)."""
         self.model.save_pretrained(folder)  # type: ignore[operator]
+
+
+def _recompute(core: nn.Module) -> None:
+    """transformers' layers recompute only while they are training, which a role's models are not (their dropout stays
+    off): tell those layers alone, not what is in them."""
+    for module in core.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.training = True
 
 
 def _core(model: nn.Module) -> nn.Module:

@@ -86,7 +86,9 @@ def test_joined_rows_hold_prompt_then_answer_then_padding(policy: LanguagePolicy
         expected = policy.tokens(prompt) + policy.answer_tokens(answer)
         assert tokens[row, : len(expected)].tolist() == expected
         assert start[row] == len(policy.tokens(prompt)) - 1
-    longest = max(len(policy.tokens(p)) + len(policy.answer_tokens(a)) for p, a in zip(PROMPTS, ANSWERS, strict=True))
+    longest = max(
+        len(policy.tokens(p)) + len(policy.answer_tokens(a)) for p, a in zip(PROMPTS, ANSWERS, strict=True)
+    )
     assert tokens.shape[1] == longest
 
 
@@ -118,7 +120,9 @@ def test_tokens_that_are_not_allowed_have_no_probability() -> None:
     assert set(traj.inputs["step", "token"].flatten().tolist()) == {2, 3}
     assert (traj.lengths == 5).all()
     assert torch.allclose(policy.log_prob(traj), traj.log_prob, atol=1e-5)
-    assert torch.allclose(policy.distribution(traj)["logits"].softmax(-1)[..., 2:4].sum(-1), torch.ones(64, 5))
+    assert torch.allclose(
+        policy.distribution(traj)["logits"].softmax(-1)[..., 2:4].sum(-1), torch.ones(64, 5)
+    )
 
 
 # --- adapters and files -----------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ from guerdon.batch import Trajectories
 from guerdon.critics.heads import ValueHead
 from guerdon.policies.base import masked
 from guerdon.policies.features import Features, orthogonal
-from guerdon.policies.language import LanguagePolicy, joined, states_before
+from guerdon.policies.language import LanguagePolicy
+from guerdon.policies.matmul import fast_linears
+from guerdon.policies.shared_prompts import answer_states
 
 
 class TableCritic(nn.Module):
@@ -37,16 +39,16 @@ class LanguageCritic(nn.Module):
 
     def __init__(self, policy: LanguagePolicy) -> None:
         super().__init__()
-        self.backbone = copy.deepcopy(policy.model.base_model)  # type: ignore[arg-type]
+        self.backbone = fast_linears(copy.deepcopy(policy.model.base_model))  # type: ignore[arg-type]
         self.head = nn.Linear(policy.model.config.hidden_size, 1)  # type: ignore[union-attr,arg-type]
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def value(self, traj: Trajectories) -> Tensor:
         """``[B, T]``."""
-        tokens, start = joined(traj)
-        hidden = self.backbone(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[operator]
-        states = states_before(hidden, start, traj.mask.shape[1])
+        inputs = traj.inputs
+        parts = inputs["prompt_token"], inputs["prompt_mask"], inputs["step", "token"], traj.mask
+        states = answer_states(self.backbone, *parts)
         return masked(self.head(states).squeeze(-1).float(), traj.mask)
 
 

@@ -29,6 +29,7 @@ from guerdon.feedback.reward_model import (
 )
 from guerdon.policies import lora
 from guerdon.policies.language import LanguagePolicy, linear_names
+from guerdon.policies.matmul import fast_linears
 
 Form = Literal["head", "choice"]
 Swap = Literal["probability", "logit", "none"]
@@ -76,7 +77,7 @@ class PreferenceModel(nn.Module):
             raise UsageError(
                 f"PreferenceModel: {len(marks)} marks; give four: before prompt, first and second answer, at the end"
             )
-        self.model = model
+        self.model = fast_linears(model)
         self.tokenizer = tokenizer
         self.form, self.reads, self.swap = form, reads, swap
         self.marks = tuple(marks)

@@ -21,6 +21,8 @@ from guerdon.errors import FeedbackError, ShapeError, UsageError
 from guerdon.feedback.base import checked_scores
 from guerdon.policies import lora
 from guerdon.policies.language import LanguagePolicy, joined, linear_names, save_transformer
+from guerdon.policies.matmul import fast_linears
+from guerdon.policies.shared_prompts import answer_states
 
 Reads = Literal["tokens", "texts"]
 
@@ -54,7 +56,7 @@ class RewardModel(nn.Module):
         max_length: int | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model = fast_linears(model)
         self.tokenizer = tokenizer
         self.reads = reads
         self.normalised = normalised
@@ -131,6 +133,15 @@ class RewardModel(nn.Module):
 
     def scores(self, traj: Trajectories) -> Float[Tensor, "batch output"]:
         """``[B, k]``, float32, differentiable. Raises `FeedbackError` when texts are to be read and there are none."""
+        if self._fits(traj):  # rows with the same prompt share it
+            inputs, mask = traj.inputs, traj.mask
+            parts = inputs["prompt_token"], inputs["prompt_mask"], inputs["step", "token"], mask
+            states = answer_states(self.model, *parts, after=True)
+            state = states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
+            head = cast(Any, self.model).score
+            with torch.autocast(state.device.type, enabled=False):
+                raw = head(state.to(next(head.parameters()).dtype)).float()
+            return (raw - self.mean) / self.std if self.normalised else raw
         if self.reads == "texts":
             tokens, mask = self._encode(traj)
         else:
@@ -140,6 +151,13 @@ class RewardModel(nn.Module):
         tokens, mask = last_tokens(tokens, mask, self.max_length)
         raw = read_head(self.model, tokens, mask)
         return (raw - self.mean) / self.std if self.normalised else raw
+
+    def _fits(self, traj: Trajectories) -> bool:
+        """Whether the tokens are read as they are, by a causal classifier, whole, at the end of an answer."""
+        if self.reads != "tokens" or not hasattr(self.model, "score") or not bool(traj.mask.any(1).all()):
+            return False
+        width = traj.inputs["prompt_token"].shape[1] + traj.mask.shape[1]
+        return self.max_length is None or width <= self.max_length
 
     def score(self, traj: Trajectories) -> Float[Tensor, " batch"]:
         """``[B]``: the output, or where there are several, their sum weighed by ``direction``."""

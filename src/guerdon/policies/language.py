@@ -6,10 +6,9 @@ that was sampled from (temperature included) and do not depend on padding or on 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from tensordict import TensorDict
@@ -17,10 +16,11 @@ from torch import Tensor, nn
 
 from guerdon.batch import Trajectories, encode_text
 from guerdon.errors import UsageError
-from guerdon.policies import lora
+from guerdon.policies import generation, lora, vllm_backend
 from guerdon.policies.base import Policy, masked
+from guerdon.policies.matmul import fast_linears
 from guerdon.policies.saving import read_json
-from guerdon.randomness import uniform
+from guerdon.policies.shared_prompts import answer_log_probs, answer_logits
 
 Message = dict[str, Any]
 Prompt = str | Sequence[Message]  # a text, or the messages of a conversation so far
@@ -58,8 +58,7 @@ class LanguagePolicy(Policy):
         self.temperature = temperature
         self.allowed: Tensor | None
         self.register_buffer("allowed", allowed, persistent=False)
-        # a model that can leave out logits is asked for those of the answer alone
-        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        fast_linears(model)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, **options: Any) -> LanguagePolicy:
@@ -72,7 +71,9 @@ class LanguagePolicy(Policy):
         try:
             model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        except Exception as error:  # a missing file, a config of another kind, a damaged safetensors file, ...
+        except (
+            Exception
+        ) as error:  # a missing file, a config of another kind, a damaged safetensors file, ...
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UsageError(f"no language model at '{name_or_path}': {reason}") from error
         if lora.has_lora(model):
@@ -168,75 +169,75 @@ class LanguagePolicy(Policy):
             (rendered, texts),
         )
 
-    def _prompt_tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Left-padded ``[B, P]`` tokens and their mask."""
-        known: dict[str, list[int]] = {}  # prompts of a group are tokenised once
-        rows = [known[p] if p in known else known.setdefault(p, self.tokens(p)) for p in prompts]
-        tokens, mask = _padded(rows, int(self.tokenizer.eos_token_id), left=True)
-        return tokens.to(self._device), mask.to(self._device)
-
     @torch.no_grad()
     def sample(  # type: ignore[override]
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         seeds: Tensor,
         group: Tensor | None = None,
         *,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        **options: object,
+        max_new_tokens: int | Tensor | None = None,
+        temperature: float | Tensor | None = None,
+        reference: LanguagePolicy | None = None,
+        backend: Literal["own", "vllm"] = "own",
+        **options: Any,
     ) -> Trajectories:
-        """Sample an answer a prompt, token by token with cached keys and values.
+        """Sample an answer a prompt. ``T`` is the longest answer, its end-of-text token included.
 
-        ``T`` is the longest answer, its end-of-text token included. Randomness: one uniform number a token
-        from the row's seed, turned into a token by the inverse of the cumulative distribution.
+        Args:
+            max_new_tokens, temperature: override the policy's; one number or ``[B]``.
+            reference: another policy to mix with, by ``mixture``; see `guerdon.policies.generation.generate`.
+            backend: "vllm" lets vLLM sample (`guerdon.policies.vllm_backend`), for models on a GPU.
+            options: ``top_k, top_p, greedy, min_new_tokens, mixture`` of `generate`. Where they change how tokens are
+                chosen, ``inputs["sampler"]`` of the trajectories says so.
+
+        Raises `UsageError` for an unknown option or one that cannot work.
         """
-        limit = max_new_tokens or self.max_new_tokens
-        heat = temperature or self.temperature
-        prompt, prompt_mask = self._prompt_tokens(prompts)
-        rows, eos = len(prompts), int(self.tokenizer.eos_token_id)
-        draws = uniform(seeds, (limit,), prompt.device)
-        attention = prompt_mask.long()
-        tokens, log_probs, alive = [], [], torch.ones(rows, dtype=torch.bool, device=prompt.device)
-        real, cache, step_input = [], None, prompt
-        position = (attention.cumsum(1) - 1).clamp(min=0)
-        for t in range(limit):
-            out = self.model(
-                input_ids=step_input,
-                attention_mask=attention,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
+        limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        heat = self.temperature if temperature is None else temperature
+        generation.check_options(options, backend)
+        texts = [self.render(prompt) for prompt in prompts]
+        known: dict[str, list[int]] = {}  # prompts of a group are tokenised once
+        rows = [known[text] if text in known else known.setdefault(text, self.tokens(text)) for text in texts]
+        if backend == "own":
+            allowed = self.allowed
+            if reference is not None and reference.allowed is not None:
+                allowed = reference.allowed if allowed is None else allowed & reference.allowed
+            answer = generation.generate(
+                self.model,
+                rows,
+                seeds,
+                end=int(self.tokenizer.eos_token_id),
+                max_new_tokens=limit,
+                temperature=heat,
+                allowed=allowed,
+                reference=None if reference is None else reference.model,
+                **options,
             )
-            cache = out.past_key_values
-            log_p = self.restrict(out.logits[:, -1].float() / heat).log_softmax(-1)
-            token = (log_p.exp().cumsum(-1) <= draws[:, t : t + 1]).sum(-1).clamp(max=log_p.shape[-1] - 1)
-            real.append(alive)
-            tokens.append(torch.where(alive, token, eos))
-            log_probs.append(masked(log_p.gather(1, token[:, None]).squeeze(1), alive))
-            alive = alive & (token != eos)
-            if not bool(alive.any()):
-                break
-            step_input = tokens[-1][:, None]
-            attention = torch.cat([attention, attention.new_ones(rows, 1)], dim=1)
-            position = position[:, -1:] + 1
-        token, mask = torch.stack(tokens, 1), torch.stack(real, 1)
-        texts = [
-            self.tokenizer.decode(row[m & (row != eos)].tolist(), skip_special_tokens=True)
-            for row, m in zip(token.cpu(), mask.cpu(), strict=True)
-        ]
-        inputs = {
-            "prompt_token": prompt,
-            "prompt_mask": prompt_mask,
-            "temperature": torch.full((rows,), heat, device=prompt.device),
-            "step": TensorDict({"token": token}, batch_size=token.shape),
+        else:
+            answer = vllm_backend.generate(self, rows, seeds, limit, heat, reference, **options)
+        prompt, prompt_mask = _padded(rows, int(self.tokenizer.eos_token_id), left=True)
+        inputs: dict[str, Any] = {
+            "prompt_token": prompt.to(self._device),
+            "prompt_mask": prompt_mask.to(self._device),
+            "temperature": torch.as_tensor(heat, dtype=torch.float32, device=self._device)
+            .expand(len(rows))
+            .clone(),
+            "step": TensorDict({"token": answer.token}, batch_size=answer.token.shape),
         }
-        outputs = {"prompt": encode_text(prompts), "text": encode_text(texts)}
+        if sampler := generation.record(options, len(rows)):
+            inputs["sampler"] = TensorDict(sampler, batch_size=[len(rows)]).to(self._device)
+        spoken = answer.mask & (answer.token != int(self.tokenizer.eos_token_id))
+        answers = [
+            self.tokenizer.decode(row[real].tolist(), skip_special_tokens=True)
+            for row, real in zip(answer.token.cpu(), spoken.cpu(), strict=True)
+        ]
+        outputs = {"prompt": encode_text(texts), "text": encode_text(answers)}
         return Trajectories(
-            inputs=TensorDict(inputs, batch_size=[rows]),
-            log_prob=torch.stack(log_probs, 1),
-            mask=mask,
-            outputs=TensorDict(outputs, batch_size=[rows]).to(prompt.device),
+            inputs=TensorDict(inputs, batch_size=[len(rows)]),
+            log_prob=answer.log_prob,
+            mask=answer.mask,
+            outputs=TensorDict(outputs, batch_size=[len(rows)]).to(self._device),
             group=group,
         )
 
@@ -248,20 +249,15 @@ class LanguagePolicy(Policy):
 
     def distribution(self, traj: Trajectories) -> TensorDict:
         """``logits [B, T, V]`` at the sampling temperature, float32."""
-        tokens, start = joined(traj)
-        steps, longest = traj.mask.shape[1], tokens.shape[1]
-        first = int(start.min()) if start.numel() else 0
-        if self._keeps:
-            out = self.model(input_ids=tokens, use_cache=False, logits_to_keep=longest - first)
-        else:
-            out = self.model(input_ids=tokens, use_cache=False)
-            first = 0
-        logits = states_before(out.logits, start - first, steps)
-        logits = logits.float() / traj.inputs["temperature"][:, None, None]
-        return TensorDict({"logits": self.restrict(logits)}, batch_size=traj.mask.shape)
+        logits = answer_logits(self.model, *_parts(traj)).float()
+        logits = self.restrict(logits / traj.inputs["temperature"][:, None, None])
+        return TensorDict({"logits": logits}, batch_size=traj.mask.shape)
 
     def log_prob(self, traj: Trajectories, distribution: TensorDict | None = None) -> Tensor:
-        """``[B, T]``."""
+        """``[B, T]``. Without a ``distribution`` at hand, rows with the same prompt share it where that is faster, and no
+        more logits are computed than are read."""
+        if distribution is None and self.allowed is None:
+            return answer_log_probs(self.model, *_parts(traj), traj.inputs["temperature"])
         logits = (self.distribution(traj) if distribution is None else distribution)["logits"]
         token = traj.inputs["step", "token"].unsqueeze(-1)
         return masked(logits.gather(-1, token).squeeze(-1) - logits.logsumexp(-1), traj.mask)
@@ -276,6 +272,11 @@ class LanguagePolicy(Policy):
         into the weights that are written."""
         save_transformer(self.model, folder, "CAUSAL_LM")
         self.tokenizer.save_pretrained(folder)
+
+
+def _parts(traj: Trajectories) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = traj.inputs
+    return inputs["prompt_token"], inputs["prompt_mask"], inputs["step", "token"], traj.mask
 
 
 # --- shared by whatever reads language trajectories ---------------------------------------------------------
@@ -330,7 +331,10 @@ def save_transformer(model: nn.Module, folder: str | Path, task_type: str) -> No
         return
     base = str(getattr(core.config, "_name_or_path", "") or "")
     if not base:
-        flag, core._hf_peft_config_loaded = core._hf_peft_config_loaded, False  # else it writes the adapter alone
+        flag, core._hf_peft_config_loaded = (
+            core._hf_peft_config_loaded,
+            False,
+        )  # else it writes the adapter alone
         try:
             core.save_pretrained(folder, state_dict=lora.merged_state_dict(model))
         finally:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from guerdon.errors import CheckpointError, NonFiniteError, UsageError, nearest
-from guerdon.experience.datasets import Data, batch_order
+from guerdon.experience.datasets import Data, batch_count, batch_order
 from guerdon.run import checkpoint
 from guerdon.run.config import describe, holds_run, read_config, write_config
 from guerdon.run.loggers import Logger, open_logger
@@ -327,7 +327,7 @@ class Run:
         `guerdon.experience.datasets.batch_order`), so a resumed run goes on with the very next batch. Raises as
         `steps` does.
         """
-        a_pass = -(-len(data) // max(1, size))
+        a_pass = batch_count(len(data), size)
         order: list[Any] = []
         known = -1
         for step in self.steps(a_pass * epochs, what):

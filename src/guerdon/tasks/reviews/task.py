@@ -31,7 +31,7 @@ from guerdon.tasks.reviews import world
 
 WRITER = Path(__file__).parent / "fixtures" / "writer"
 SCALE = 5.0  # of Bradley-Terry labels: a difference of one standard deviation of the gold reward is right 5 times of 6
-PAIRS, RATED, HELD_OUT = 4000, 6000, 1000
+PAIRS, RATED, HELD_OUT = 2000, 2000, 500
 MEASURED = 256  # answers to held-out prompts on which success is measured
 SHOWN = 8  # answers in the report
 _MEASURE_SEED = 1_000_003
