@@ -151,7 +151,9 @@ def test_regularised_exploitability_is_the_gain_of_the_best_response():
     log_ref, _ = tables(7)
     tau = 0.1
     best = exact.best_response(log_p, log_ref, oracle, tau)
-    gain = exact.win_rate(best, log_p, oracle) - tau * exact.kl(best, log_ref) + tau * exact.kl(log_p, log_ref)
+    gain = (
+        exact.win_rate(best, log_p, oracle) - tau * exact.kl(best, log_ref) + tau * exact.kl(log_p, log_ref)
+    )
     torch.testing.assert_close(exact.regularised_exploitability(log_p, log_ref, oracle, tau), gain - 0.5)
 
 
@@ -198,7 +200,9 @@ def test_coverage_grows_with_the_ball_up_to_the_global_one():
     for seed in range(20):
         other = (log_ref + tables(seed, 0.4)[1]).log_softmax(-1)
         radius = exact.kl(other, log_ref).max().item()
-        assert (exact.density_ratio(other, log_ref) <= exact.coverage_coefficient(log_ref, radius) + 1e-6).all()
+        assert (
+            exact.density_ratio(other, log_ref) <= exact.coverage_coefficient(log_ref, radius) + 1e-6
+        ).all()
 
 
 def test_token_optimum_is_the_sequence_optimum():

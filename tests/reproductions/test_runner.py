@@ -166,8 +166,9 @@ def test_tables_are_made_from_results(tmp_path: Path) -> None:
 
 def test_the_docs_tables_are_up_to_date() -> None:
     root = Path(__file__).parents[2]
-    text = (root / "docs" / "results.md").read_text(encoding="utf-8")
-    assert tables.fill(text, root / "results") == text, "run: make tables"
+    for page in ("results.md", "language.md"):
+        text = (root / "docs" / page).read_text(encoding="utf-8")
+        assert tables.fill(text, root / "results") == text, "run: make tables"
 
 
 def test_catalog_rows_that_are_ready_and_have_a_paper_have_an_experiment() -> None:

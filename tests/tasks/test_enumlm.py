@@ -15,9 +15,8 @@ from guerdon.randomness import row_seeds
 from guerdon.roles import Role
 from guerdon.tasks import enumlm
 from guerdon.tasks.base import Pieces
-from guerdon.tasks.enumlm import worlds
+from guerdon.tasks.enumlm import alphabet, train
 from guerdon.tasks.enumlm.task import EnumLM
-from guerdon.tasks.enumlm.train import chains
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +55,11 @@ def test_enumeration_takes_well_under_a_second(world):
 
 
 def test_reference_fits_its_markov_chains(world):
-    assert exact.kl(chains(0), world.reference).mean() < 0.02
-    quality = json.loads((worlds.FIXTURES / "reference" / "quality.json").read_text())
-    assert quality["kl_from_chains"] == pytest.approx(exact.kl(chains(0), world.reference).mean().item(), rel=0.02)
+    assert exact.kl(train.chains(0), world.reference).mean() < 0.02
+    quality = json.loads((train.FIXTURES / "reference" / "quality.json").read_text())
+    assert quality["kl_from_chains"] == pytest.approx(
+        exact.kl(train.chains(0), world.reference).mean().item(), rel=0.02
+    )
 
 
 def test_samples_are_four_letters_with_the_tables_probabilities(world):
@@ -75,6 +76,17 @@ def test_samples_are_four_letters_with_the_tables_probabilities(world):
     first = torch.bincount(answer // 512, minlength=8) / 3000
     expected = world.reference[2].exp().view(8, -1).sum(-1)
     assert ((first - expected).abs() < 4 * (expected * (1 - expected) / 3000).sqrt() + 1e-3).all()
+
+
+def test_another_reference_is_trained_and_read_back(tmp_path):
+    train.train_reference(tmp_path, seed=1, steps=30)
+    policy = enumlm.load_policy(tmp_path).eval()
+    table = enumlm.world(0).log_probs(policy)
+    quality = json.loads((tmp_path / "quality.json").read_text())
+    assert quality["kl_from_chains"] == pytest.approx(
+        exact.kl(train.chains(1), table).mean().item(), rel=1e-4
+    )
+    assert exact.kl(train.chains(1), train.chains(0)).min() > 0.5
 
 
 # --- the gold reward --------------------------------------------------------------------------------------
@@ -125,12 +137,18 @@ def test_gold_judge_scores_and_compares(world):
 
 def test_cyclic_judge_goes_round(world):
     judge = world.cyclic()
-    texts = ["a b c d", "d e f a", "g h g a", "a a d d", "d a d a"]  # the last two: ties go to the first letter
+    texts = [
+        "a b c d",
+        "d e f a",
+        "g h g a",
+        "a a d d",
+        "d a d a",
+    ]  # the last two: ties go to the first letter
     classes = [0, 1, 2, 0, 1]
     policy = world.policy()
     traj = policy.encode(["A"] * 5, texts, end=False)
     _, answer = enumlm.place(traj)
-    assert worlds.classes()[answer].tolist() == classes
+    assert alphabet.classes()[answer].tolist() == classes
     compare = lambda i, k: judge.compare(traj[[i]], traj[[k]]).item()
     assert [compare(0, 1), compare(1, 2), compare(2, 0)] == pytest.approx([0.8] * 3)
     assert [compare(1, 0), compare(2, 1), compare(0, 2)] == pytest.approx([0.2] * 3)
@@ -144,7 +162,7 @@ def test_cyclic_judge_goes_round(world):
 
 def test_judges_refuse_other_texts_and_unlike_prompts(world):
     policy = world.policy()
-    with pytest.raises(FeedbackError, match="four|4 letters"):
+    with pytest.raises(FeedbackError, match="answers of 4 letters"):
         world.gold().score(policy.encode(["A"], ["a b c"], end=False))
     with pytest.raises(FeedbackError, match="prompts are the letters"):
         world.gold().score(policy.encode(["a"], ["a b c d"], end=False))
@@ -266,11 +284,15 @@ def test_task_measures_exactly(world):
 
 
 def test_task_takes_a_reward_of_the_users(world, tmp_path):
-    (tmp_path / "judge.py").write_text("def score(texts, prompts):\n    return [t.count('a') for t in texts]\n")
+    (tmp_path / "judge.py").write_text(
+        "def score(texts, prompts):\n    return [t.count('a') for t in texts]\n"
+    )
     task = EnumLM(Pieces(reward=f"{tmp_path}/judge.py:score"))
     found = task.measure(Role("actor", task.policy("language")), task.feedback())
     count = torch.tensor([t.count("a") for t in world.texts]).double().expand(8, -1)
-    assert found.figures["reward"] == pytest.approx(exact.expected(world.reference, count).mean().item(), rel=1e-5)
+    assert found.figures["reward"] == pytest.approx(
+        exact.expected(world.reference, count).mean().item(), rel=1e-5
+    )
     with pytest.raises(UsageError, match="own data"):
         EnumLM(Pieces(data="rows.jsonl"))
 

@@ -34,7 +34,9 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def test_dpo_on_a_users_pairs_raises_the_chosen_over_the_rejected(model: str, pairs: str, tmp_path: Path) -> None:
+def test_dpo_on_a_users_pairs_raises_the_chosen_over_the_rejected(
+    model: str, pairs: str, tmp_path: Path
+) -> None:
     options = {"lr": 3e-3, "warmup": 0, "epochs": 6, "batch_size": 16, "optimiser": "adamw"}
     result = launch.train("dpo", model=model, data=pairs, runs=tmp_path, **SMALL, **options)
     gap = lambda figures: figures["log_prob_chosen"] - figures["log_prob_rejected"]
@@ -58,7 +60,9 @@ def test_what_was_trained_loads_without_guerdon(model: str, pairs: str, tmp_path
 
 def test_a_reward_model_is_trained_saved_and_judges(model: str, pairs: str, tmp_path: Path) -> None:
     options = {"lr": 1e-2, "epochs": 30, "batch_size": 16}
-    result = launch.train("reward-model", model=model, data=pairs, runs=tmp_path, name="judge", **SMALL, **options)
+    result = launch.train(
+        "reward-model", model=model, data=pairs, runs=tmp_path, name="judge", **SMALL, **options
+    )
     assert set(result.after) == {"accuracy", "margin"}
     assert launch.read_records(result.folder)[-1]["accuracy"] > 0.8
     prompts = tmp_path / "prompts.txt"

@@ -356,7 +356,8 @@ def token_optimum(
     """
     prompts, count, steps = step_log_ref.shape
     value = torch.zeros(prompts, count, dtype=step_log_ref.dtype)  # V*(s') after the last token
-    values, advantages = [], []
+    values: list[Tensor] = []
+    advantages: list[Tensor] = []
     for t in reversed(range(steps)):
         gain = step_reward[:, :, t] + value
         # the siblings of a token lie size ** (T - 1 - t) apart

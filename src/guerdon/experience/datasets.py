@@ -29,14 +29,13 @@ WINDOW = 64  # batches whose rows are sorted by length together
 
 @runtime_checkable
 class Data(Protocol):
-    """Rows to learn from.
+    """Rows to learn from."""
 
-    Attributes:
-        lengths: int64 ``[N]``, tokens of each row (prompt and longest answer), by which `batch_order` puts rows
-            together; None takes them as they come.
-    """
-
-    lengths: Tensor | None
+    @property
+    def lengths(self) -> Tensor | None:
+        """int64 ``[N]``, tokens of each row (prompt and longest answer), by which `batch_order` puts rows together; None
+        takes them as they come."""
+        ...
 
     def __len__(self) -> int:
         """N."""

@@ -22,9 +22,8 @@ from guerdon.policies.decoders import open_decoder
 from guerdon.randomness import uniform
 
 ROWS = 256  # rows that are decoded together on a CPU: more are not faster, their keys and values only leave its caches
-_DROPPED = (
-    1 << 21
-)  # rows that have ended, times weights, from which on dropping them pays; and an eighth of the rows
+# Steps of rows that have ended, times weights, that cost as much as dropping rows does at the least.
+_DROPPED = 1 << 23
 
 # What `generate` may be told about how tokens are chosen, with the values that leave it alone.
 OPTIONS = {"top_k": 0, "top_p": 1.0, "greedy": False, "min_new_tokens": 0, "mixture": 0.0}
@@ -80,9 +79,9 @@ def generate(
         greedy: take the likeliest token instead of drawing one.
         min_new_tokens: tokens before which the end-of-text token is not taken.
         allowed: ``[V]`` bool, the tokens that have any probability; None for all.
-        reference, mixture: draw from the geometric mixture of two models, whose logits are
-            ``(1 - mixture) * own + mixture * reference`` (Munos et al., 2023, section 6); the temperature divides
-            the mixture, once.
+        reference, mixture: draw each token from the geometric mixture of two models with the same tokens, whose logits
+            are ``(1 - mixture) * own + mixture * reference`` (Nash-MD-PG: Munos et al., 2023; over whole answers it
+            is not normalised, so the two mixtures differ); the temperature divides the mixture, once.
 
     ``log_prob`` belongs to ``softmax(logits / temperature)`` of the model, or of the mixture, over the allowed tokens.
     ``top_k``, ``top_p``, ``greedy`` and ``min_new_tokens`` choose among its tokens and leave it as it is: so it equals
@@ -175,6 +174,11 @@ def _check(
         raise UsageError(f"mixture is {mixture:g}; it must be between 0 (own model) and 1 (reference)")
     if mixture > 0 and reference is None:
         raise UsageError("a mixture takes two models; name the other one with reference")
+    sizes = [getattr(getattr(m, "config", None), "vocab_size", None) for m in (model, reference)]
+    if mixture > 0 and None not in sizes and sizes[0] != sizes[1]:
+        raise UsageError(
+            f"two models with {sizes[0]} and {sizes[1]} tokens cannot be mixed; they must share a tokenizer"
+        )
     places = getattr(getattr(model, "config", None), "n_positions", None)  # of models that learn positions
     need = max(len(p) + n - 1 for p, n in zip(prompts, limits.tolist(), strict=True))
     if isinstance(places, int) and need > places:
@@ -208,6 +212,7 @@ def _decode(
     alive = torch.ones(count, dtype=torch.bool, device=device)
     size = sum(weight.numel() for model, _ in models for weight in model.parameters())
     every = 1 if device.type == "cpu" else 8  # a look at who is done waits for the device
+    wasted = 0  # steps of rows that have ended
     step = alive.long()  # before the first token nothing is read
     for t in range(longest):
         own, *others = [(d.step(step) if t else d.start()).float() * weight for d, weight in decoders]
@@ -225,7 +230,10 @@ def _decode(
         left = int(alive.sum())
         if not left:
             break
-        if (len(alive) - left) * 8 >= len(alive) and (len(alive) - left) * size >= _DROPPED:
+        # rows are dropped once the dead ones have cost about as much as copying the others will
+        wasted += (len(alive) - left) * every
+        if wasted >= 0.5 * left and wasted * size >= _DROPPED:
+            wasted = 0
             kept = alive.nonzero().squeeze(1)
             row = kept if row is None else row[kept]
             step, alive, limits = step[kept], alive[kept], limits[kept]

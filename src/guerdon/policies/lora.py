@@ -128,8 +128,9 @@ def without(policy: nn.Module) -> nn.Module:
     """A view of ``policy`` whose core always answers with its adapter off, however the policy itself stands."""
     view = copy.copy(policy)
     view._modules = dict(policy._modules)
+    core = getattr(policy, "core", policy)
     for name, child in policy._modules.items():
-        if child is not None and child is getattr(policy, "core", None):
+        if child is core and child is not None:
             view._modules[name] = _Without(child)
     return view
 

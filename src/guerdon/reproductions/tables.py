@@ -1,7 +1,8 @@
 """Tables of the docs, made from ``results/``: ``python -m guerdon.reproductions.tables docs/results.md``.
 
 A document marks a place with ``<!-- results: NAME -->`` and ``<!-- end -->``; what lies between is replaced by
-the table of ``results/NAME.json`` (a reproduction or a benchmark). NAME ``fixtures`` is the quality of the
+the table of ``results/NAME.json`` (a reproduction or a benchmark; ``NAME with notes`` adds what the record says about
+settings and thresholds). NAME ``fixtures`` is the quality of the
 shipped models.
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 
 from guerdon import tasks
 
-_MARK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARK = re.compile(r"(<!-- results: (\w+)( with notes)? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -79,14 +80,16 @@ def fill(text: str, results: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         if match.group(2) == "fixtures":
-            return f"{match.group(1)}\n{fixtures()}\n\n{match.group(3)}"
+            return f"{match.group(1)}\n{fixtures()}\n\n{match.group(4)}"
         path = results / f"{match.group(2)}.json"
         if not path.is_file():
             body = f"(not measured yet: {path.name} is missing)"
         else:
             record = json.loads(path.read_text(encoding="utf-8"))
             body = benchmark(record) if "benchmark" in record else reproduction(record)
-        return f"{match.group(1)}\n{body}\n\n{match.group(3)}"
+            if match.group(3):
+                body += f"\n\n{' '.join(str(record['notes']).split())}"
+        return f"{match.group(1)}\n{body}\n\n{match.group(4)}"
 
     return _MARK.sub(table, text)
 
@@ -100,4 +103,4 @@ def main(paths: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or ["docs/results.md"]))
+    sys.exit(main(sys.argv[1:] or ["docs/results.md", "docs/language.md"]))

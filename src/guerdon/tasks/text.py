@@ -105,13 +105,13 @@ class Text(Task):
 
     def _split(self, kind: str, policy: Policy) -> Data:
         """The rows to train on; some others are kept to measure on."""
-        load = {
+        load: Any = {
             "preferences": load_preferences,
             "demonstrations": load_demonstrations,
             "rated": load_rated,
         }[kind]
         limits = {"max_prompt": self.pieces.max_prompt, "max_length": self.pieces.max_length}
-        data = load(self._source(), policy, **limits)  # type: ignore[operator]
+        data: Data = load(self._source(), policy, **limits)
         held_out = min(MOST, int(HELD_OUT * len(data)))
         if held_out == 0:
             self._held_out = data

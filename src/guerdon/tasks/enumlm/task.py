@@ -23,7 +23,8 @@ from guerdon.policies.language import LanguagePolicy
 from guerdon.randomness import mix, row_seeds
 from guerdon.roles import Role
 from guerdon.tasks.base import Measured, Pieces, Task
-from guerdon.tasks.enumlm.worlds import ANSWERS, PROMPTS, Judge, load_policy, world
+from guerdon.tasks.enumlm.alphabet import ANSWERS, PROMPTS, load_policy
+from guerdon.tasks.enumlm.worlds import Judge, world
 
 BETA = 0.5  # weight of the KL divergence in the objective that is reported
 PAIRS, RATED, HELD_OUT = 20_000, 16_000, 4_000
@@ -60,7 +61,7 @@ class EnumLM(Task):
         },
         "rloo": {"rounds": 120, "prompts_per_round": 32, "group_size": 8, "kl": BETA, "lr": 1e-3},
         "reinforce": {"rounds": 60, "samples": 256, "lr": 5e-4},
-        "bradley_terry": {"epochs": 2, "lr": 1e-3, "warmup": 20, "schedule": "linear"},
+        "bradley_terry": {"epochs": 4, "lr": 1e-3, "warmup": 20, "schedule": "linear"},
     }
 
     def __init__(self, pieces: Pieces | None = None, method: Any = None) -> None:

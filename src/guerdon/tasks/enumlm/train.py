@@ -17,23 +17,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from guerdon.compiled import cache_folder
 from guerdon.evaluation import enumerable
 from guerdon.policies.language import LanguagePolicy
 from guerdon.randomness import mix
-from guerdon.tasks.enumlm import worlds
+from guerdon.tasks.enumlm import alphabet
 from guerdon.tasks.fixtures import TrainingLog, write_quality
 
+FIXTURES = Path(__file__).parent / "fixtures"
 STEPS, BATCH, PEAK = 1500, 256, 3e-3
+
+
+def reference_folder(seed: int = 0) -> Path:
+    """Where the reference model of a seed lies: seed 0 comes with the package, others belong in the user's cache."""
+    return FIXTURES / "reference" if seed == 0 else cache_folder() / f"enumlm-reference-{seed}"
 
 
 def chains(seed: int) -> Tensor:
     """``[P, N]`` float64: log-probabilities of all answers under each prompt's Markov chain."""
     generator = torch.Generator().manual_seed(mix(seed, 8))
-    size = len(worlds.LETTERS)
-    draws = torch.rand(len(worlds.PROMPTS), 1 + size, size, generator=generator, dtype=torch.float64)
+    size = len(alphabet.LETTERS)
+    draws = torch.rand(len(alphabet.PROMPTS), 1 + size, size, generator=generator, dtype=torch.float64)
     rows = -draws.log()  # exponential numbers divided by their sum are a flat Dirichlet
     table = (rows / rows.sum(-1, keepdim=True)).log()
-    letter = enumerable.answers(range(size), worlds.HORIZON)
+    letter = enumerable.answers(range(size), alphabet.HORIZON)
     before = torch.cat([torch.zeros(len(letter), 1, dtype=torch.int64), letter[:, :-1] + 1], dim=1)
     return table[:, before, letter].sum(-1)
 
@@ -43,19 +50,19 @@ def fresh_policy(seed: int) -> LanguagePolicy:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(  # type: ignore[call-arg]
-        vocab_size=worlds.VOCABULARY,
+        vocab_size=alphabet.VOCABULARY,
         hidden_size=64,
         intermediate_size=160,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=64,
         bos_token_id=None,
-        eos_token_id=worlds.END,
+        eos_token_id=alphabet.END,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(seed, 9))
         model = LlamaForCausalLM(config)
-    return LanguagePolicy(model, worlds.tokenizer(), worlds.HORIZON, allowed=worlds.allowed())
+    return LanguagePolicy(model, alphabet.tokenizer(), alphabet.HORIZON, allowed=alphabet.allowed())
 
 
 def train_reference(folder: Path, seed: int, steps: int = STEPS) -> None:
@@ -63,7 +70,7 @@ def train_reference(folder: Path, seed: int, steps: int = STEPS) -> None:
     log = TrainingLog(folder)
     log_p = chains(seed)
     policy = fresh_policy(seed).train()
-    rows = worlds._every_row()
+    rows = alphabet.every_row()
     count = sum(weight.numel() for weight in policy.parameters())
     floor = enumerable.entropy(log_p).mean().item()
     log(
@@ -75,9 +82,9 @@ def train_reference(folder: Path, seed: int, steps: int = STEPS) -> None:
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = PEAK * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        prompt = torch.randint(len(worlds.PROMPTS), (BATCH,), generator=generator)
-        answer = worlds._sampled(log_p, prompt, generator)
-        loss = -policy.log_prob(rows[prompt * worlds.ANSWERS + answer]).sum(1).mean()
+        prompt = torch.randint(len(alphabet.PROMPTS), (BATCH,), generator=generator)
+        answer = alphabet.sampled(log_p, prompt, generator)
+        loss = -policy.log_prob(rows[prompt * alphabet.ANSWERS + answer]).sum(1).mean()
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -86,7 +93,9 @@ def train_reference(folder: Path, seed: int, steps: int = STEPS) -> None:
         if (step + 1) % 250 == 0:
             log(f"step {step + 1:5d}  nats an answer {running:.4f}")
     policy.eval().save_pretrained(folder)
-    shipped = enumerable.log_probs(worlds.load_policy(folder).eval(), worlds._prefixes(), worlds.ALPHABET)
+    shipped = enumerable.log_probs(
+        alphabet.load_policy(folder).eval(), alphabet.prefixes(), alphabet.ALPHABET
+    )
     figures = {
         "kl_from_chains": enumerable.kl(log_p, shipped).mean().item(),
         "entropy_of_chains": floor,
@@ -107,9 +116,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--out", type=Path, help="where to write; the package's own folder for seed 0")
+    parser.add_argument("--out", type=Path, help="where to write; the place where worlds look for the seed")
     options = parser.parse_args(arguments)
-    train_reference(options.out or worlds.reference_folder(options.seed), options.seed, options.steps)
+    train_reference(options.out or reference_folder(options.seed), options.seed, options.steps)
 
 
 if __name__ == "__main__":

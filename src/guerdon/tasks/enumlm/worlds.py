@@ -1,9 +1,10 @@
 """EnumLM: a language model all of whose answers can be enumerated.
 
 Eight prompts, named by a capital letter, and answers of exactly four letters out of eight: 4096 answers a prompt. The
-reference model is a Llama of transformers that was trained on text of random Markov chains, one chain a prompt; the gold
-reward of an answer is a sum of random scores of its bigrams, the prompt with the first letter among them. Because everything can be enumerated, expected reward, KL
-divergence, the optimal policy, win rates and exploitability are exact, and they are read off the model that trains.
+reference model is a Llama of transformers that was trained on text of random Markov chains, one chain a prompt. The gold
+reward of an answer is a sum of random scores of its bigrams, the prompt with the first letter among them. Because
+everything can be enumerated, expected reward, KL divergence, the optimal policy, win rates and exploitability are exact,
+and they are read off the model that trains.
 
 Answers have no end-of-text token: the policy gives every token but the eight letters probability 0, and four tokens are
 the limit, so the probabilities of the 4096 answers sum to 1.
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,101 +21,43 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from guerdon.batch import Preferences, Trajectories
-from guerdon.compiled import cache_folder
 from guerdon.errors import FeedbackError, UsageError
 from guerdon.evaluation import enumerable
 from guerdon.evaluation.enumerable import BradleyTerryOracle, CyclicOracle, Oracle, Table
 from guerdon.policies.language import LanguagePolicy
 from guerdon.randomness import mix
-
-LETTERS = "abcdefgh"
-PROMPTS = LETTERS.upper()
-HORIZON = 4
-END, UNKNOWN, FIRST_LETTER, FIRST_PROMPT = 0, 1, 2, 2 + len(LETTERS)
-VOCABULARY = FIRST_PROMPT + len(PROMPTS)
-ALPHABET = tuple(range(FIRST_LETTER, FIRST_PROMPT))
-ANSWERS = len(LETTERS) ** HORIZON
-GROUPS = (0, 0, 0, 1, 1, 1, 2, 2)  # letters a to c, d to f, g and h: the classes of the cyclic judge
-FIXTURES = Path(__file__).parent / "fixtures"
+from guerdon.tasks.enumlm.alphabet import (
+    ALPHABET,
+    ANSWERS,
+    FIRST_LETTER,
+    HORIZON,
+    LETTERS,
+    PROMPTS,
+    VOCABULARY,
+    classes,
+    every_row,
+    load_policy,
+    place,
+    prefixes,
+    sampled,
+)
+from guerdon.tasks.enumlm.train import reference_folder, train_reference
 
 Labels = Literal["sampled", "certain", "soft"]
 
 
-# --- the pieces -------------------------------------------------------------------------------------------
-
-
-def tokenizer() -> Any:
-    """A word-level tokenizer of transformers over the letters and the prompts."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<end>", "<unk>", *LETTERS, *PROMPTS]
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<end>", unk_token="<unk>", padding_side="left"
-    )
-
-
-def allowed() -> Tensor:
-    """``[V]`` bool: the letters."""
-    mask = torch.zeros(VOCABULARY, dtype=torch.bool)
-    mask[list(ALPHABET)] = True
-    return mask
-
-
-def load_policy(folder: str | Path) -> LanguagePolicy:
-    """A model of this world from a folder in transformers' format. Raises `UsageError` for another vocabulary."""
-    policy = LanguagePolicy.from_pretrained(str(folder), max_new_tokens=HORIZON)
-    size = policy.model.config.vocab_size  # type: ignore[union-attr]
-    if size != VOCABULARY:
-        raise UsageError(
-            f"the model at '{folder}' has {size} tokens; EnumLM's alphabet needs {VOCABULARY} (guerdon.tasks.enumlm)"
-        )
-    return LanguagePolicy(policy.model, tokenizer(), HORIZON, allowed=allowed())
-
-
-def reference_folder(seed: int = 0) -> Path:
-    """Where the reference model of a seed lies: seed 0 comes with the package, others belong in the user's cache."""
-    return FIXTURES / "reference" if seed == 0 else cache_folder() / f"enumlm-reference-{seed}"
+# --- the reference --------------------------------------------------------------------------------------
 
 
 def reference_policy(seed: int = 0) -> LanguagePolicy:
     """The reference model of a seed; another than 0 is trained on first use, which takes half a minute."""
     folder = reference_folder(seed)
     if not (folder / "quality.json").is_file():  # written last
-        from guerdon.tasks.enumlm.train import train_reference
-
         train_reference(folder, seed)
     return load_policy(folder)
 
 
 # --- judges -----------------------------------------------------------------------------------------------
-
-
-def place(traj: Trajectories) -> tuple[Int[Tensor, "row"], Int[Tensor, "row"]]:
-    """The numbers of prompt and answer of each row, read from the texts.
-
-    Raises `FeedbackError` for texts that are not of this world."""
-    outputs = traj.outputs
-    if outputs is None or "text" not in outputs or "prompt" not in outputs:
-        raise FeedbackError("EnumLM judges texts, but these trajectories carry none")
-    prompt, text = outputs["prompt"].cpu().long(), outputs["text"].cpu().long()
-    letters = text[:, 0 : 2 * HORIZON : 2] - ord("a")
-    fits = (
-        letters.shape[1] == HORIZON
-        and bool(((letters >= 0) & (letters < len(LETTERS))).all())
-        and bool((text[:, 1 : 2 * HORIZON - 1 : 2] == ord(" ")).all())
-        and not bool(text[:, 2 * HORIZON - 1 :].any())
-    )
-    if not fits:
-        bad = next(t for t in traj.texts if len(t.split()) != HORIZON or not set(t.split()) <= set(LETTERS))
-        raise FeedbackError(f"EnumLM judges answers of {HORIZON} letters such as 'a b c d', not {bad!r}")
-    number = prompt[:, 0] - ord(PROMPTS[0])
-    if prompt[:, 1:].any() or bool(((number < 0) | (number >= len(PROMPTS))).any()):
-        raise FeedbackError(f"EnumLM's prompts are the letters {PROMPTS[0]} to {PROMPTS[-1]}")
-    power = len(LETTERS) ** torch.arange(HORIZON - 1, -1, -1)
-    return number, (letters * power).sum(1)
 
 
 @dataclass
@@ -192,7 +134,7 @@ class World:
     @property
     def rows(self) -> Trajectories:
         """Every answer to every prompt as a recorded trajectory: row ``p N + i`` is answer ``i`` to prompt ``p``."""
-        return _every_row()
+        return every_row()
 
     def policy(self) -> LanguagePolicy:
         """A fresh copy of the reference model, ready to train."""
@@ -202,11 +144,11 @@ class World:
 
     def log_probs(self, acting: Any, temperature: float | None = None) -> Table:
         """``[P, N]``: a policy (or a role) as a table, through its own forward pass."""
-        return enumerable.log_probs(acting, _prefixes(), ALPHABET, temperature)
+        return enumerable.log_probs(acting, prefixes(), ALPHABET, temperature)
 
     def step_log_probs(self, acting: Any, temperature: float | None = None) -> Tensor:
         """``[P, N, T]``: the same token by token."""
-        return enumerable.step_log_probs(acting, _prefixes(), ALPHABET, temperature)
+        return enumerable.step_log_probs(acting, prefixes(), ALPHABET, temperature)
 
     def table(self, acting: Any) -> Table:
         """A policy, a role or a table of log-probabilities as a table."""
@@ -241,7 +183,9 @@ class World:
 
     def gold(self, scale: float = 1.0) -> Judge:
         """The gold reward, with Bradley-Terry preferences of its differences times ``scale``."""
-        return _cached(self, f"gold {scale}", lambda: Judge("gold", self.reward, _bt(self.reward, scale)))
+        return _cached(
+            self, f"gold {scale}", lambda: Judge("gold", self.reward, BradleyTerryOracle(self.reward, scale))
+        )
 
     def cyclic(self, strength: float = 0.8) -> Judge:
         """A judge that no reward explains. Answers fall into three classes by the group (a to c, d to f, g and h) that
@@ -301,7 +245,7 @@ class World:
         groups = n // group_size
         prompt = torch.arange(groups) % len(PROMPTS)
         prompt = prompt[torch.randperm(groups, generator=generator)].repeat_interleave(group_size)
-        return prompt, _sampled(log_p, prompt, generator)
+        return prompt, sampled(log_p, prompt, generator)
 
     def _source(self, source: Any, temperature: float) -> Table:
         if isinstance(source, Tensor):
@@ -340,13 +284,13 @@ class World:
         generator = torch.Generator().manual_seed(mix(seed, 2))
         prompt = torch.arange(n) % len(PROMPTS)
         prompt = prompt[torch.randperm(n, generator=generator)]
-        first, second = (_sampled(log_p, prompt, generator) for _ in range(2))
+        first, second = (sampled(log_p, prompt, generator) for _ in range(2))
         for _ in range(1000):
             same = (first == second).nonzero().squeeze(1)
             if not len(same):
                 break
             for side in (first, second):
-                side[same] = _sampled(log_p, prompt[same], generator)
+                side[same] = sampled(log_p, prompt[same], generator)
         else:
             raise UsageError("the source gives the same answer all the time, so there is nothing to compare")
         probability = (judge or self.gold()).oracle.compare(prompt, first, second)
@@ -373,7 +317,7 @@ def world(seed: int = 0, reference: int = 0) -> World:
     return _worlds(seed, reference)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=8)
 def _worlds(seed: int, reference: int) -> World:
     steps = _reference_steps(reference)
     generator = torch.Generator().manual_seed(mix(seed, 73))
@@ -397,55 +341,7 @@ def _worlds(seed: int, reference: int) -> World:
 @functools.lru_cache(maxsize=4)
 def _reference_steps(seed: int) -> Float[Tensor, "prompt answer step"]:
     policy = reference_policy(seed).eval()
-    return enumerable.step_log_probs(policy, _prefixes(), ALPHABET)
-
-
-@functools.cache
-def _blank() -> LanguagePolicy:
-    """A policy that only makes batches: its weights are never used."""
-    return LanguagePolicy(torch.nn.Linear(1, 1), tokenizer(), HORIZON, allowed=allowed())
-
-
-@functools.cache
-def _prefixes() -> Trajectories:
-    return enumerable.prefixes(_blank(), [[FIRST_PROMPT + p] for p in range(len(PROMPTS))], ALPHABET, HORIZON)
-
-
-@functools.cache
-def _every_row() -> Trajectories:
-    answers = enumerable.answers(ALPHABET, HORIZON).tolist()
-    texts = [" ".join(LETTERS[i - FIRST_LETTER] for i in row) for row in answers]
-    prompts = [p for p in range(len(PROMPTS)) for _ in answers]
-    return _blank().collate(
-        [[FIRST_PROMPT + p] for p in prompts],
-        answers * len(PROMPTS),
-        ([PROMPTS[p] for p in prompts], texts * len(PROMPTS)),
-    )
-
-
-@functools.cache
-def classes() -> Int[Tensor, "answer"]:
-    """``[N]``: the class of each answer in the cyclic judge's circle."""
-    group = torch.tensor(GROUPS)[enumerable.answers(range(len(LETTERS)), HORIZON)]  # [N, T]
-    count = torch.nn.functional.one_hot(group, 3).sum(1).double()
-    count.scatter_add_(1, group[:, :1], torch.full((ANSWERS, 1), 0.5, dtype=torch.float64))
-    return count.argmax(1)
-
-
-def _sampled(log_p: Table, prompt: Int[Tensor, "row"], generator: torch.Generator) -> Int[Tensor, "row"]:
-    """An answer to each prompt."""
-    cumulative = log_p.exp().cumsum(-1)
-    chance = torch.rand(len(prompt), generator=generator, dtype=torch.float64)
-    found = torch.empty_like(prompt)
-    for p in range(len(PROMPTS)):
-        rows = prompt == p
-        # the last answer that has a probability ends the scale
-        found[rows] = torch.searchsorted(cumulative[p], chance[rows] * cumulative[p, -1], right=True)
-    return found.clamp(max=log_p.shape[1] - 1)
-
-
-def _bt(reward: Tensor, scale: float) -> BradleyTerryOracle:
-    return BradleyTerryOracle(reward, scale)
+    return enumerable.step_log_probs(policy, prefixes(), ALPHABET)
 
 
 def _cached(owner: World, key: str, make: Any) -> Any:

@@ -126,7 +126,36 @@ class Reviews(Task):
         "experience",
         "feedback",
     )
-    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "dpo": {
+            "beta": 0.5,
+            "epochs": 2,
+            "batch_size": 32,
+            "optimiser": "adamw",
+            "lr": 2e-4,
+            "warmup": 10,
+        },
+        "sft": {"epochs": 2, "lr": 2e-4},
+        "ppo": {"rounds": 40, "samples": 128, "epochs": 2, "lr": 3e-4, "kl": 0.05},
+        "grpo": {
+            "rounds": 40,
+            "prompts_per_round": 16,
+            "group_size": 8,
+            "minibatch": 128,
+            "kl": 0.02,
+            "lr": 3e-4,
+        },
+        "rloo": {
+            "rounds": 40,
+            "prompts_per_round": 32,
+            "group_size": 4,
+            "minibatch": 128,
+            "kl": 0.02,
+            "lr": 3e-4,
+        },
+        "reinforce": {"rounds": 60, "samples": 128, "lr": 3e-4},
+        "bradley_terry": {"epochs": 2, "batch_size": 32, "lr": 3e-4, "warmup": 10},
+    }
 
     def __init__(self, pieces: Pieces | None = None, method: Any = None) -> None:
         super().__init__(pieces, method)
@@ -150,9 +179,14 @@ class Reviews(Task):
     def _pairs(self, policy: Policy, count: int, seed: int) -> TextPreferences:
         assert isinstance(policy, LanguagePolicy)
         prompts, chosen, rejected, scores = labelled(count, seed)
-        answers = ([policy.answer_tokens(text) for text in side] for side in (chosen, rejected))
+        first, second = ([policy.answer_tokens(text) for text in side] for side in (chosen, rejected))
         return TextPreferences(
-            policy, _ids(policy, prompts), *answers, scores=scores, texts=(prompts, chosen, rejected)
+            policy,
+            _ids(policy, prompts),
+            first,
+            second,
+            scores=scores,
+            texts=(prompts, chosen, rejected),
         )
 
     def preferences(self, policy: Policy, seed: int) -> Data:
@@ -273,7 +307,7 @@ def draw_rewards(before: Trajectories, after: Trajectories, path: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(6, 3.4), constrained_layout=True)
     scores = {"before": before.score().cpu().numpy(), "after": after.score().cpu().numpy()}
-    edges = np.histogram_bin_edges(np.concatenate(list(scores.values())), bins=24)
+    edges = np.histogram_bin_edges(np.concatenate(list(scores.values())), bins=24).tolist()
     for name, values in scores.items():
         axis.hist(values, bins=edges, alpha=0.6, label=f"{name}: mean {values.mean():.2f}")
     axis.set_xlabel("reward of an answer")

@@ -68,9 +68,10 @@ def _written(policy: LanguagePolicy, prompts: list[str], count: int, seed: int) 
 
 
 @torch.no_grad()
-def quality(policy: LanguagePolicy, seed: int) -> dict[str, float]:
-    """Figures on the held-out prompts: nats an answer of the grammar's text, and what the model's own answers are like."""
-    prompts = world.held_out_prompts()
+def quality(policy: LanguagePolicy, seed: int, count: int = 640) -> dict[str, float]:
+    """Figures on ``count`` held-out prompts: nats an answer of the grammar's text, and what the model's own answers are
+    like."""
+    prompts = world.held_out_prompts()[:count]
     text = _written(policy, prompts, len(prompts), seed)
     traj = policy.sample(prompts, row_seeds(seed, 0, len(prompts)))
     return {

@@ -130,7 +130,7 @@ def _review(topic: str, rng: np.random.Generator) -> str:
 
 def _clause(topic: str, tone: int, rng: np.random.Generator) -> list[str]:
     def pick(words: Sequence[str]) -> str:
-        return words[rng.integers(len(words))]
+        return words[int(rng.integers(len(words)))]
 
     noun = pick(TOPICS[topic] if rng.random() < 0.6 else list(NOUNS))
     described = pick({1: PRAISE, -1: BLAME, 0: PLAIN}[tone])
