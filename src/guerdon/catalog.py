@@ -237,7 +237,7 @@ SYSTEMS: tuple[System, ...] = (
         " Multi-Objective Rewards",
         "language",
         "One model for all trade-offs: a direction in reward space is written in the prompt",
-        paper=45,
+        paper=45, ready=True,
     ),
     _row(
         "online", "nlpo", "NLPO", "Ramamurthy et al., 2023", "2210.01241",
@@ -482,7 +482,7 @@ SYSTEMS: tuple[System, ...] = (
         "Statistical Rejection Sampling Improves Preference Optimization",
         "language",
         "Draws preference pairs from the estimated optimal policy by rejection sampling",
-        paper=53,
+        paper=53, ready=True,
     ),
     _row(
         "preference", "dpo", "DPO", "Rafailov et al., 2023", "2305.18290",
@@ -524,7 +524,7 @@ SYSTEMS: tuple[System, ...] = (
         "Improving Language Models with Advantage-based Offline Policy Gradients",
         "language",
         "Fine-tunes on recorded answers of positive advantage, weighted by it",
-        paper=48,
+        paper=48, ready=True,
     ),
     _row(
         "offline", "h2o", "H2O", "Niu et al., 2022", "2206.13464",
@@ -860,7 +860,7 @@ SYSTEMS: tuple[System, ...] = (
         "From r to Q*: Your Language Model is Secretly a Q-Function",
         "language tabular",
         "DPO read token by token: implicit rewards, credit and search by likelihood",
-        paper=41,
+        paper=41, ready=True,
     ),
     _row(
         "study", "transformers_in_rl", None, "Agarwal et al., 2023", "2307.05979",

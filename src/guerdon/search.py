@@ -6,7 +6,7 @@ for with reward and value then is what has the highest likelihood: for any numbe
 
     arg max  sum (r + beta log pi_ref) + V(s_K)   =   arg max  V(s_0) + beta sum log pi,
 
-so beam search on the tuned policy is guided decoding with the true value (their section 5.1). `mcts` searches with the
+so beam search on the tuned policy is guided decoding with the true value. `mcts` searches with the
 left side and `beam_search` with the right one.
 """
 

@@ -470,6 +470,12 @@ def test_a_mixture_allows_what_both_allow(policy: LanguagePolicy) -> None:
     assert set(traj.inputs["step", "token"].flatten().tolist()) == {4, 5}
 
 
+def test_models_with_other_tokens_are_not_mixed(policy: LanguagePolicy) -> None:
+    other = LanguagePolicy(tiny_llama(12), tokenizer())
+    with pytest.raises(UsageError, match="two models with 10 and 12 tokens cannot be mixed"):
+        policy.sample(["a"], row_seeds(0, 0, 1), reference=other, mixture=0.5)
+
+
 # --- adapters, precision ----------------------------------------------------------------------------------
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from guerdon.errors import UsageError
-from guerdon.feedback.reward_model import RewardModelFeedback
 from guerdon.objectives.preference import AttributeRegression
 from guerdon.optim import AdamW
 from guerdon.roles import Role, RoleSettings
@@ -27,17 +26,18 @@ def test_rewards_count_words_of_the_topic_and_words(tiny: topics.LanguagePolicy)
         "the wave of reef",  # two of two
         "the wave of oven",  # one of two
         "the oven of soil a kettle",  # none of three
-        " ".join(["the wave"] * 12),  # all twelve
+        " ".join(["the wave"] * 12),  # one word twelve times
     ]
     traj = tiny.encode([prompt] * 4, answers)
     value = topics.Gold().scores(traj)
-    enough = 1 - torch.exp(-torch.tensor([2.0, 1.0, 0.0, 12.0]) / 3)
-    assert torch.allclose(value[:, 0], 100 * torch.tensor([1.0, 0.5, 0.0, 1.0]) * enough, atol=1e-4)
+    enough = 1 - torch.exp(-torch.tensor([2.0, 1.0, 0.0, 1.0]) / 3)
+    assert torch.allclose(value[:, 0], 100 * torch.tensor([1.0, 0.5, 0.0, 1 / 12]) * enough, atol=1e-4)
     assert value[:, 1].tolist() == [0, 0, 10, 100]
     assert torch.allclose(topics.Gold((0.6, -0.8)).score(traj), 0.6 * value[:, 0] - 0.8 * value[:, 1])
     # another prompt, other words count; the direction in front changes nothing
     other = topics.RENDERER.write("about oven salt bowl :", [0.6, -0.8])
-    assert topics.Gold().scores(tiny.encode([other] * 4, answers))[1, 0] == pytest.approx(50 * (1 - 2.71828 ** (-1 / 3)), rel=1e-4)
+    value = topics.Gold().scores(tiny.encode([other] * 4, answers))
+    assert value[1, 0] == pytest.approx(50 * enough[1].item(), rel=1e-4)
 
 
 def test_directions_are_read_digit_by_digit(tiny: topics.LanguagePolicy) -> None:
@@ -62,7 +62,7 @@ def test_written_answers_are_of_all_lengths_and_mostly_on_the_topic() -> None:
     policy = topics.fresh_policy(0, 8, 1)
     traj = policy.collate([policy.tokens(text) for text in asked], rows)
     value = topics.gold(topics._topic(asked), traj.inputs["step", "token"], traj.mask)
-    assert 30 < value[:, 0].mean() < 60
+    assert 25 < value[:, 0].mean() < 50
     assert value[:, 1].mean().item() == pytest.approx(50, abs=3)
 
 
@@ -133,8 +133,11 @@ def test_the_task_measures_policies_with_and_without_directions(tiny: topics.Lan
 
     actor = Role("actor", tiny)
     plain, directed = topics.Topics(), topics.Topics(method=DPA(system=topics.SYSTEM, outputs=topics.OUTPUTS))
+    assert (
+        topics.ratings(3, 0).inputs["rating"].shape
+        == topics.reward_model(tiny).scores(topics.ratings(3, 0)).shape
+    )
     assert set(plain.measure(actor, plain.feedback()).figures) == {"reward"}
     figures = directed.measure(actor, directed.feedback()).figures
     assert set(figures) == {"reward", "directed", "words_at_-45", "words_at_45", "hypervolume"}
     assert plain.feedback().score(directed.measure(actor, directed.feedback()).samples).shape == (64,)
-    assert RewardModelFeedback(topics.reward_model(tiny)).model.scores(topics.ratings(3, 0)).shape == (3, 10)

@@ -103,7 +103,9 @@ class DirectionalPrompt:
 
     def __post_init__(self) -> None:
         if "{rating}" not in self.system:
-            raise UsageError("the system text must hold {rating}, the place where the weighted sum is written")
+            raise UsageError(
+                "the system text must hold {rating}, the place where the weighted sum is written"
+            )
         if not all(re.fullmatch(r"[\w-]+", name) for name in self.names):
             raise UsageError(f"names of objectives are single words, not {', '.join(map(repr, self.names))}")
 
@@ -163,3 +165,22 @@ def answer_prompts(
     seeds = row_seeds(experience.seed, experience.rows, len(texts))
     experience.rows += len(texts)
     return actor.sample(texts, seeds, group=torch.tensor(places, dtype=torch.int64), **options)
+
+
+def objective_weights(text: str, objectives: int, outputs: int) -> Float[Tensor, "output objective"]:
+    """How the outputs of a reward model make up objectives: "0,1,5;4" averages three for the first and takes one for the
+    second; "" takes one each, in order. Raises `UsageError` where that does not fit ``outputs`` and ``objectives``."""
+    if not text and outputs == objectives:
+        return torch.eye(outputs)
+    parts = [
+        [int(i) if i.strip().isdecimal() else outputs for i in part.split(",")] for part in text.split(";")
+    ]
+    if len(parts) != objectives or any(max(part) >= outputs for part in parts):
+        raise UsageError(
+            f"the reward model has {outputs} outputs, there are {objectives} objectives, and outputs is '{text}'; name the "
+            "outputs of each, as in '0,1,5;4'"
+        )
+    table = torch.zeros(outputs, objectives)
+    for objective, part in enumerate(parts):
+        table[part, objective] = 1 / len(part)
+    return table

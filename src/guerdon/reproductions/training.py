@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def train(
     method: Any,
     folder: Path,
     seed: int,
-    models: dict[str, nn.Module],
+    models: Mapping[str, nn.Module],
     after: Any = None,
     **supplies: Any,
 ) -> dict[str, Role]:

@@ -55,6 +55,12 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
         ("language",),
         "answers of four letters, all 4096 of them enumerable: every figure is exact",
     ),
+    "topics": (
+        "guerdon.tasks.topics",
+        "Topics",
+        ("language",),
+        "a tiny language model keeps to a topic, at length or in few words",
+    ),
     "tokens": (
         "guerdon.tasks.tokens",
         "Tokens",

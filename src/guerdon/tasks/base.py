@@ -64,8 +64,12 @@ class Task(abc.ABC):
         self.pieces = pieces or Pieces()
         if self.pieces.env is not None and self.name != "control":
             raise UsageError(f"task '{self.name}' has no environment to replace; leave out --task, or --env")
-        if self.pieces.data is not None and not {"preferences", "demonstrations", "rated"} & set(self.supplies):
-            raise UsageError(f"task '{self.name}' takes no recorded data; leave out --data, or use --task text")
+        if self.pieces.data is not None and not {"preferences", "demonstrations", "rated"} & set(
+            self.supplies
+        ):
+            raise UsageError(
+                f"task '{self.name}' takes no recorded data; leave out --data, or use --task text"
+            )
 
     @classmethod
     def recipe(cls, method: str, pieces: Pieces) -> Mapping[str, Any]:
@@ -101,7 +105,9 @@ class Task(abc.ABC):
         raise self._lacks("rated", "rated answers")
 
     def _lacks(self, name: str, what: str) -> UsageError:
-        return UsageError(f"task '{self.name}' has no {what}; use --task text with --data, or a task that has ({name})")
+        return UsageError(
+            f"task '{self.name}' has no {what}; use --task text with --data, or a task that has ({name})"
+        )
 
     @abc.abstractmethod
     def experience(self, seed: int) -> Any:

@@ -1,8 +1,8 @@
 """Topics: answers of four to 24 words that are more or less about their prompt's topic.
 
 "about wave reef tide :" asks for words of the sea; "the shell of harbour and engine near coast" gives three, and one of
-another topic. Two rewards pull apart: helpfulness (keep to the topic, and say enough about it) and verbosity (length).
-Both go from 0 to 100. A direction, such as "helpfulness*97 + verbosity*-26", is read digit by digit.
+another topic. Two rewards pull apart: helpfulness (keep to the topic, say enough about it, nothing twice) and verbosity
+(length). Both go from 0 to 100. A direction, such as "helpfulness*97 + verbosity*-26", is read digit by digit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -51,7 +50,7 @@ SYSTEM = "{rating} ."
 RENDERER = DirectionalPrompt(("helpfulness", "verbosity"), SYSTEM)
 ANGLES = (-45.0, -30.0, -15.0, 0.0, 15.0, 30.0, 45.0)  # degrees, at which policies are measured
 SHORTEST, LONGEST = 4, 24  # words of an answer
-ENOUGH = 3.0  # words on the topic after which another counts 1/e as much
+ENOUGH = 3.0  # different words on the topic after which another counts 1/e as much
 RATINGS, NOISE = 4000, 8.0  # rated answers, and the deviation of a rating
 OUTPUTS = "0,1,2,5,6,7,8,9;4"  # of the ten ratings, those of helpfulness and of verbosity
 TRAIN, HELD_OUT = 256, 64  # prompts
@@ -98,12 +97,15 @@ def _topic(texts: Sequence[str]) -> Tensor:
 def gold(topic: Tensor, token: Tensor, mask: Tensor) -> Tensor:
     """``[B, 2]``, the two rewards of answers ``token [B, T]`` to prompts on ``topic [B]``.
 
-    Helpfulness is the share of the content words that belong to the topic, times ``1 - exp(-m / 3)`` where ``m`` of them
-    do; verbosity is the number of words, from 4 to 24. Both are scaled to 0 to 100.
+    Helpfulness is the share of the content words that belong to the topic, a repeated word counted once, times
+    ``1 - exp(-m / 3)`` where there are ``m`` of them; verbosity is the number of words, from 4 to 24. Both are scaled to 0
+    to 100. As a topic has eight words, the most helpful answers are of middle length.
     """
     said = mask & (token != 0)
     content = said & (token >= _CONTENT) & (token < _CONTENT + _EACH * len(TOPICS))
-    right = (content & ((token - _CONTENT) // _EACH == topic.to(token.device)[:, None])).sum(1)
+    word = token - _CONTENT - _EACH * topic.to(token.device)[:, None]
+    wanted = word[..., None] == torch.arange(_EACH, device=token.device)
+    right = (wanted & content[..., None]).any(1).sum(1)
     share = right / content.sum(1).clamp(min=1)
     helpfulness = 100 * share * (1 - torch.exp(-right / ENOUGH))
     verbosity = 100 * ((said.sum(1) - SHORTEST) / (LONGEST - SHORTEST)).clamp(0, 1)
@@ -180,7 +182,9 @@ def base_policy(seed: int = 0) -> LanguagePolicy:
     from safetensors.torch import load_file, save_file
 
     policy = fresh_policy(seed)
-    source = inspect.getsource(pretrain) + inspect.getsource(written_answers) + inspect.getsource(fresh_policy)
+    source = (
+        inspect.getsource(pretrain) + inspect.getsource(written_answers) + inspect.getsource(fresh_policy)
+    )
     key = hashlib.sha256(f"{source}{WORDS}{seed}{torch.__version__}".encode()).hexdigest()[:16]
     path = cache_folder().parent / "topics" / f"{key}.safetensors"
     if not path.exists():
@@ -251,7 +255,9 @@ def front(
         if directed or not number:
             texts = [RENDERER.write(p, v) if directed else p for p in asked for _ in range(count)]
             seeds = row_seeds(mix(seed, 0xF07), number * len(texts), len(texts))
-            parts = [actor.sample(texts[i : i + 1024], seeds[i : i + 1024]) for i in range(0, len(texts), 1024)]
+            parts = [
+                actor.sample(texts[i : i + 1024], seeds[i : i + 1024]) for i in range(0, len(texts), 1024)
+            ]
             reward = torch.cat([judge.scores(part) for part in parts])
             length = torch.cat([(part.mask & (part.inputs["step", "token"] != 0)).sum(1) for part in parts])
         best = (reward @ v).view(-1, best_of).argmax(1) + torch.arange(0, len(reward), best_of)

@@ -115,7 +115,7 @@ class EnumLM(Task):
             "objective": enumerable.objective(log_p, reference, reward, BETA),
             "entropy": enumerable.entropy(log_p),
         }
-        found = {name: value.mean().item() for name, value in figures.items()}
+        found = {name: round(value.mean().item(), 9) for name, value in figures.items()}
         found["gap"] = enumerable.gap_closed(log_p, reference, reward, BETA)
         prompts = [p for p in self.world.prompts for _ in range(SHOWN // len(PROMPTS))]
         samples = actor.sample(prompts, row_seeds(7, 0, SHOWN), **sampling)
