@@ -80,8 +80,11 @@ def method_class(slug: str) -> type:
 
 
 def default_task(slug: str) -> str:
-    """The task that ``guerdon train METHOD`` uses when none is named: the first that fits its policies and supplies
-    what it learns from."""
+    """The task that ``guerdon train METHOD`` uses when none is named: the one that the method calls its ``home``, or the
+    first that fits its policies and supplies what it learns from."""
+    home = getattr(method_class(slug), "home", None)
+    if home is not None:
+        return str(home)
     fitting = tasks.with_kind(catalog.find(slug).policies)
     if not fitting:
         raise UsageError(f"no task fits '{slug}' yet")

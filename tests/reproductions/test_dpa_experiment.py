@@ -30,7 +30,7 @@ GOOD: dict[str, Any] = {
     "SFT": {"front": front(40, [14.0] * 7), "best of 16": front(60, RISING)},
     "scalar RSF": {"front": front(46, [13.0] * 7)},
     "DPA": {"front": front(54, RISING, 0.4), "fronts": [front(50, RISING, 0.3), front(54, RISING, 0.4)]},
-    "DPA, shuffled directions": {"front": front(45, FLAT), "fronts": [front(45, FLAT)]},
+    "DPA with shuffled directions": {"front": front(45, FLAT), "fronts": [front(45, FLAT)]},
 }
 
 
@@ -82,7 +82,7 @@ def set_front(arm: str, found: dict[str, Any]) -> Any:
         ),
         ("scalar RSF", front(53, FLAT), {"DPA's share minus that of scalar rejection sampling"}),
         (
-            "DPA, shuffled directions",
+            "DPA with shuffled directions",
             front(45, RISING),
             {"shuffled directions, rank correlation of angle and mean length"},
         ),

@@ -44,12 +44,19 @@ THRESHOLDS: dict[str, float] = {
     "hypervolume after iteration 2 minus that after iteration 1": 0.0,
 }
 NOTES = (
-    "All thresholds stood before any run. The language model has 0.1 million weights and is pre-trained once for all "
-    "seeds; seeds differ in ratings, reward model, sampling and order. Half of its pre-training prompts carry a direction "
-    "that means nothing, so that numbers are known to it, as to any language model. Everything is measured on held-out "
-    "prompts with the true rewards, at temperature 1; training sees the ten outputs of a reward model fitted to noisy "
-    "ratings of which half are missing. Best-of-16 chooses by the true reward, from the untuned model. Objectives are not "
-    "normalised: both go from 0 to 100. The shuffled arm ranks as DPA does and writes the direction of another answer."
+    "All thresholds stood before any run; the world was changed once, after a run with seed 100 in which every repeated "
+    "word on the topic counted as helpful. There a model that keeps to its topic loses nothing by length, so lengths stood "
+    "at their limit from 0 degrees on, and scalar rejection sampling closed 98 % of the gap to best-of-16. Since then a "
+    "repeated word does not count. "
+    "The language model has 0.1 million weights and is pre-trained once for all seeds; seeds differ in ratings, reward "
+    "model, sampling and order. Half of its pre-training prompts carry a direction that means nothing, so that numbers are "
+    "known to it, as to any language model. Everything is measured on held-out prompts with the true rewards, at "
+    "temperature 1; training sees the ten outputs of a reward model fitted to noisy ratings of which half are missing. "
+    "Best-of-16 chooses by the true reward, from the untuned model; trained models may pass it. Objectives are not "
+    "normalised: both go from 0 to 100. The shuffled arm ranks as DPA does and writes the direction of another answer. "
+    "The rank correlation misses its threshold by a hair (0.893): from 15 degrees on all lengths stand at 23 to 24 of 24 "
+    "words, where their order is noise. "
+    "Not compared: SteerLM, reward soup, DPO on scalarised pairs."
 )
 EPOCHS, LR = 4, 1e-3
 _DPA: dict[str, Any] = {
@@ -151,7 +158,7 @@ def shuffled(seed: int, folder: Path) -> dict[str, Any]:
     return _directed(Shuffled(**_DPA), seed, folder)
 
 
-ARMS = {"SFT": sft, "scalar RSF": scalar, "DPA": dpa, "DPA, shuffled directions": shuffled}
+ARMS = {"SFT": sft, "scalar RSF": scalar, "DPA": dpa, "DPA with shuffled directions": shuffled}
 
 
 # --- judging ----------------------------------------------------------------------------------------------
@@ -187,9 +194,9 @@ def judge(results: Results) -> list[Check]:
         )
         growth = [f["fronts"][-1]["hypervolume"] - f["fronts"][0]["hypervolume"] for f in by_seed.values()]
         check("hypervolume after iteration 2 minus that after iteration 1", growth)
-    if "DPA, shuffled directions" in results:
+    if "DPA with shuffled directions" in results:
         name = "shuffled directions, rank correlation of angle and mean length"
-        check(name, [_control(f["front"]) for f in results["DPA, shuffled directions"].values()], "<=")
+        check(name, [_control(f["front"]) for f in results["DPA with shuffled directions"].values()], "<=")
     seeds = [seed for seed in by_seed if seed in results.get("SFT", {})]
     if seeds:
         name = "DPA, share of the way from SFT to best-of-16 (mean over angles)"

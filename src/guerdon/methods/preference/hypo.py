@@ -6,10 +6,9 @@ answers that the actor gives itself, without labels: they come from wherever the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
-
-import torch
 
 from guerdon.batch import Preferences, Trajectories
 from guerdon.errors import UsageError
@@ -35,7 +34,7 @@ class HyPO:
     loss: PairLoss = "sigmoid"  # what is minimised of a pair's log-ratios
     kl: float = 1e-4  # weight of the KL on sampled answers, the paper's lambda; 0 is the pairs' loss alone
     target_kl: float | None = None  # nats that the weight is steered to, up and down; None keeps it
-    dual_lr: float = 0.05  # how fast it is steered
+    dual_lr: float = 0.05  # how fast it is steered, up to a thousandfold either way
     k: int = 2  # sampled answers to a prompt; 2 and more are compared with one another
     credit: Literal["trajectory", "step"] = (
         "trajectory"  # a step pays for the whole answer or what follows it
@@ -91,8 +90,9 @@ class HyPO:
             metrics = actor.update(PairsAndSamples.joined(batch, answers, self.k), both)
             if self.target_kl is not None:
                 run.log(kl_weight=both.kl)
-                excess = float(metrics["kl"]) / self.target_kl - 1
-                run.state["kl"] = both.kl * torch.tensor(self.dual_lr * min(max(excess, -1), 1)).exp().item()
+                excess = min(max(float(metrics["kl"]) / self.target_kl - 1, -1.0), 1.0)
+                weight = both.kl * math.exp(self.dual_lr * excess)
+                run.state["kl"] = min(max(weight, self.kl / 1000), self.kl * 1000)
             run.log(**metrics)
 
     def _answers(
