@@ -148,13 +148,10 @@ def misspecified(seed: int, folder: Path) -> dict[str, Any]:
 
 # --- C. the language model --------------------------------------------------------------------------------
 
-PAIRS, JUDGE_PAIRS, SURE = (
-    2000,
-    8000,
-    3.0,
-)  # recorded pairs; those the judge has seen; scale of the labels' log-odds
-DRAWS, CANDIDATES = 512, 64  # prompts asked (each of the eight 64 times), answers to each
-GAMMA, EPOCHS, BATCH, RATE = 0.5, 2, 64, 1e-3
+PAIRS, SURE = 2000, 3.0  # recorded pairs; scale of their labels' log-odds
+DRAWS, CANDIDATES = 1024, 64  # prompts asked (each of the eight 128 times), answers to each
+GAMMA, BATCH, RATE = 0.5, 64, 1e-3
+UPDATES = 128  # of every arm, as nearly as whole passes allow
 LOSSES = ("sigmoid_norm", "hinge_norm", "hinge")
 NORMALISED = LOSSES[:2]
 
@@ -179,10 +176,7 @@ def here(seed: int, trained: bool = True) -> Here:
     from guerdon.tasks.enumlm import world
 
     w = world(seed)
-    other = w.reference.roll(
-        1, 0
-    )  # each prompt is answered as the one before it would be: another model altogether
-    pairs = w.pairs(JUDGE_PAIRS, seed, source=other, judge=w.gold(SURE))
+    pairs = w.pairs(PAIRS, seed, source=other_model(w), judge=w.gold(SURE))
     model: Any = RewardModel.from_policy(w.policy(), seed=seed)
     if trained:
         method = BradleyTerry(epochs=8, batch_size=BATCH, lr=3e-3)
