@@ -162,18 +162,19 @@ class Here:
 
     world: Any
     pairs: Any
-    judge: Any  # a reward model; its pairs are Bradley and Terry's
-    scores: Tensor  # [P, N], what it gives every answer
+    judge: Any  # what the trained model says of every answer, looked up; its pairs are Bradley and Terry's
+    scores: Tensor  # [P, N], of every answer
 
 
 @functools.lru_cache(maxsize=2)
 def here(seed: int, trained: bool = True) -> Here:
     """With ``trained`` off the judge's head is what it was drawn as."""
+    from guerdon.evaluation.enumerable import BradleyTerryOracle
     from guerdon.experience.datasets import InMemory
     from guerdon.feedback.reward_model import RewardModel, RewardModelFeedback
     from guerdon.methods.reward.bradley_terry import BradleyTerry
     from guerdon.reproductions.training import train
-    from guerdon.tasks.enumlm import world
+    from guerdon.tasks.enumlm import Judge, world
 
     w = world(seed)
     pairs = w.pairs(PAIRS, seed, source=other_model(w), judge=w.gold(SURE))
@@ -183,9 +184,8 @@ def here(seed: int, trained: bool = True) -> Here:
         with tempfile.TemporaryDirectory() as folder:
             roles = train(method, Path(folder), seed, {"reward": model}, preferences=InMemory(pairs))
         model = roles["reward"].model
-    judge = RewardModelFeedback(model.eval(), 512)
-    scores = judge.score(w.rows).double().view(w.reward.shape)
-    return Here(w, pairs, judge, scores)
+    scores = RewardModelFeedback(model.eval(), 512).score(w.rows).double().view(w.reward.shape)
+    return Here(w, pairs, Judge("learned", scores, BradleyTerryOracle(scores)), scores)
 
 
 def other_model(w: Any) -> Tensor:

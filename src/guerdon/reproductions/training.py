@@ -26,7 +26,7 @@ def train(
 
     Args:
         folder: of the run; what an earlier, unfinished one left there goes.
-        after: called as ``after(step, roles)`` when a step's metrics are logged, for curves over training.
+        after: called as ``after(roles)`` when a step's metrics are logged, for curves over training.
         supplies: what else ``method.train`` asks for (preferences, experience, feedback, ...).
     """
     shutil.rmtree(folder, ignore_errors=True)

@@ -137,7 +137,7 @@ class Reviews(Task):
         },
         "sft": {"epochs": 2, "lr": 2e-4},
         "ppo": {"rounds": 40, "samples": 128, "epochs": 2, "lr": 2e-4, "kl": 0.05},
-        # a weak anchor or a longer step: the judge does not read grammar, and sentences fall apart
+        # with a weaker anchor or longer steps sentences fall apart: the judge does not read grammar
         "grpo": {
             "rounds": 40,
             "prompts_per_round": 32,
@@ -154,7 +154,7 @@ class Reviews(Task):
             "kl": 0.05,
             "lr": 2e-4,
         },
-        "reinforce": {"rounds": 60, "samples": 128, "lr": 1e-4},
+        "reinforce": {"rounds": 60, "samples": 128, "lr": 2e-4},
         "bradley_terry": {"epochs": 2, "batch_size": 32, "lr": 3e-4, "warmup": 10},
     }
 
