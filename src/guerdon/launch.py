@@ -247,7 +247,7 @@ def _assemble(
     data = {
         name: getattr(task, name)(policy, seed)
         for name, parameter in wants.items()
-        if name in RECORDED and (name in task.supplies or parameter.default is parameter.empty)
+        if name in RECORDED and (parameter.default is parameter.empty or task.offers(name))
     }
     roles = {name: engine.role(name, model, settings=settings.get(name)) for name, model in models.items()}
     return _Assembly(method, task, engine, roles, feedback, kind, data)
@@ -428,8 +428,11 @@ def _launch(
             from guerdon.feedback.functions import FunctionReward
 
             parts.feedback = FunctionReward(function)
-        wants = [p for p in inspect.signature(method.train).parameters if p != "run"]
-        experience = parts.task.experience(seed) if "experience" in wants else None
+        parameters = inspect.signature(method.train).parameters
+        wants = [p for p in parameters if p != "run"]
+        asked = parameters.get("experience")
+        acts = asked is not None and (asked.default is asked.empty or parts.task.offers("experience"))
+        experience = parts.task.experience(seed) if acts else None
         # Measured before the run's folder exists: a judge that fails costs nothing and leaves nothing behind.
         new = not folder.exists()
         before = parts.measure()

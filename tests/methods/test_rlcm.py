@@ -345,7 +345,7 @@ def test_published_defaults() -> None:
         32.0,
     )
     lora = method.roles()["actor"].lora
-    assert lora.targets == ("to_q", "to_k", "to_v", "to_out.0")
+    assert lora.targets is None  # the policy's own, of a UNet all attention projections
     assert lora.init == "gaussian"
 
 

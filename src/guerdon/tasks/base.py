@@ -80,6 +80,10 @@ class Task(abc.ABC):
         """Kinds of policy that fit the pieces given, best first."""
         return self.kinds
 
+    def offers(self, what: str) -> bool:
+        """Whether the task, with the pieces given, has what a method would take but does not need."""
+        return what in self.supplies
+
     @abc.abstractmethod
     def policy(self, kind: str) -> Policy:
         """A fresh policy of one of `kinds` (or what ``pieces.model`` names)."""

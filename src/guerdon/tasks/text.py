@@ -70,6 +70,10 @@ class Text(Task):
         self._policy: LanguagePolicy | None = None
         self._held_out: Data | None = None
 
+    def offers(self, what: str) -> bool:
+        piece = {"experience": self.pieces.prompts, "feedback": self.pieces.reward}.get(what, self.pieces.data)
+        return piece is not None
+
     def policy(self, kind: str) -> LanguagePolicy:
         if self.pieces.model is None:
             raise UsageError("task 'text' trains a model of yours: name it with --model PATH_OR_HUB_NAME")
