@@ -247,10 +247,18 @@ def _assemble(
     data = {
         name: getattr(task, name)(policy, seed)
         for name, parameter in wants.items()
-        if name in RECORDED and (parameter.default is parameter.empty or task.offers(name))
+        if name in RECORDED and _is_given(method, task, parameter)
     }
     roles = {name: engine.role(name, model, settings=settings.get(name)) for name, model in models.items()}
     return _Assembly(method, task, engine, roles, feedback, kind, data)
+
+
+def _is_given(method: Any, task: Task, parameter: inspect.Parameter) -> bool:
+    """Whether a parameter of ``train`` is filled: always where there is no default; else where the task has it and the
+    method, as its options are, reads it (``unread`` names what it does not)."""
+    if parameter.default is parameter.empty:
+        return True
+    return parameter.name not in getattr(method, "unread", ()) and task.offers(parameter.name)
 
 
 def _absolute(pieces: Pieces) -> Pieces:
@@ -431,7 +439,7 @@ def _launch(
         parameters = inspect.signature(method.train).parameters
         wants = [p for p in parameters if p != "run"]
         asked = parameters.get("experience")
-        acts = asked is not None and (asked.default is asked.empty or parts.task.offers("experience"))
+        acts = asked is not None and _is_given(method, parts.task, asked)
         experience = parts.task.experience(seed) if acts else None
         # Measured before the run's folder exists: a judge that fails costs nothing and leaves nothing behind.
         new = not folder.exists()

@@ -7,7 +7,7 @@ minus what they cost in KL. No importance weights, no critic, and as few fresh s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -27,6 +27,8 @@ from guerdon.run import Run
 @dataclass
 class CoPG:
     """Contrastive policy gradient, from recorded answers, from fresh ones, or from those of the last rounds."""
+
+    home: ClassVar[str] = "reviews"
 
     source: Literal["recorded", "sampled"] = "recorded"  # rated answers of a data set, or the actor's own
     beta: float = 0.1  # what a nat of KL costs in units of reward

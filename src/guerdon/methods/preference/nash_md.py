@@ -36,17 +36,11 @@ class NashMD:
     headline: ClassVar[str] = "win_rate"
     judged: ClassVar[bool] = True
 
-    opponent: Literal["mixture", "ema"] = (
-        "mixture"  # the policy mixed with the reference, or the average of its past
-    )
-    mixture: float = (
-        0.125  # share of the reference in the mixture: 0 plays against itself, 1 against the reference
-    )
+    opponent: Literal["mixture", "ema"] = "mixture"  # policy and reference mixed, or the average of the past
+    mixture: float = 0.125  # share of the reference in the mixture: 0 plays itself, 1 plays the reference
     ema: float = 0.999  # of the average of past weights, the share that each update leaves
     tau: float = 0.008  # what a nat of KL from the reference costs (of rewards: in units of the reward)
-    judge: Literal["pairs", "scores"] = (
-        "pairs"  # win rates; or differences of scores, as with a reward (RLHF)
-    )
+    judge: Literal["pairs", "scores"] = "pairs"  # win rates; or differences of scores, as in RLHF
     choices: bool = False  # the judge only says which of two it prefers: 0 or 1, drawn with its probability
     credit: Literal["step", "trajectory"] = "step"  # charge a step with the KL from it on, or with all of it
     rounds: int = 10_000  # rounds of sampling and learning
