@@ -273,7 +273,11 @@ class _Rows:
 def _occupied(model: nn.Module) -> bool:
     """Whether a model is used in a way in which two passes are no gain, or not the same: with dropout (two answers would
     share its noise), recomputing activations (which keeps no cache), or compiled (for one pass)."""
-    return model.training or getattr(model, "is_gradient_checkpointing", False) or _compiled(model)
+    return model.training or _recomputes(model) or _compiled(model)
+
+
+def _recomputes(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _compiled(model: nn.Module) -> bool:

@@ -136,6 +136,16 @@ class Reviews(Task):
             "warmup": 10,
         },
         "sft": {"epochs": 2, "lr": 2e-4},
+        "nash_md": {"rounds": 150, "samples": 32, "lr": 5e-4, "tau": 0.02, "win_rate_every": 15},
+        "dno": {"iterations": 3, "samples": 3, "validation": 64, "parts": 10, "lr": 5e-5, "eta": 0.3},
+        "a_lol": {
+            "steps": 250,
+            "lr": 5e-4,
+            "lora_rank": 0,
+            "max_grad_norm": 1.0,
+            "value_greedy": False,
+            "value_lr": 1e-3,
+        },
         "ppo": {"rounds": 40, "samples": 128, "epochs": 2, "lr": 2e-4, "kl": 0.05},
         # with a weaker anchor or longer steps sentences fall apart: the judge does not read grammar
         "grpo": {
