@@ -71,7 +71,9 @@ class Text(Task):
         self._held_out: Data | None = None
 
     def offers(self, what: str) -> bool:
-        piece = {"experience": self.pieces.prompts, "feedback": self.pieces.reward}.get(what, self.pieces.data)
+        piece = {"experience": self.pieces.prompts, "feedback": self.pieces.reward}.get(
+            what, self.pieces.data
+        )
         return piece is not None
 
     def policy(self, kind: str) -> LanguagePolicy:
