@@ -36,7 +36,22 @@ THRESHOLDS = {
     "language model, RSO over RAFT, gold win rate": 0.02,
     "language model, random judge: RSO over recorded pairs, gold win rate": 0.03,
 }
-NOTES = ""
+NOTES = (
+    "Settings and thresholds were found on seeds of 100 and more. Sampler: how near 64 candidates come depends on the "
+    "problem (0.01 to 0.55 over twenty of them; where the target wants outcomes that the proposal hardly gives, few "
+    "candidates hold them), so medians over ten problems count; 0.10 held for single problems, and 0.2 was set for medians "
+    "of 0.11 to 0.15. Misspecified policy: with exact Bradley-Terry labels for all sources the lead of accepted answers "
+    "followed the reward's shape (0.3 where it curves upwards, -0.3 to -1.1 where it saturates); with the judge naming the "
+    "winner, as the method does, it was 0.1 to 1.0 for five of six shapes and -0.6 for noise on top of a linear reward. "
+    "Reward is claimed, not the regularised objective, which does not gain. Language model: a judge of 2000 "
+    "recorded pairs agreed with the gold reward on 0.66 of the untrained policy's pairs, and accepted answers then won "
+    "against it where it erred (gold 0.64 after 0.75 for unaccepted ones on seed 102); it therefore learns from 8000, "
+    "which makes 0.75 to 0.77, and scores single answers, since a model that reads both answers needs more pairs still "
+    "(0.63 to 0.70 with 2000). With it accepted answers led by 0.025 and 0.036 on seeds 101 and 102, and a beta of 0.5 was "
+    "better than 1 and 2. DPO on the recorded pairs was ahead of everything that the judge ranked on each of these seeds (by "
+    "0.02 to 0.05 with this judge): a language model generalises from such pairs better than its judge here, where the "
+    "paper's judge was fourteen times as large as its policy. That threshold was kept and was expected to fail."
+)
 
 # --- A. the sampler ---------------------------------------------------------------------------------------
 
@@ -148,7 +163,7 @@ def misspecified(seed: int, folder: Path) -> dict[str, Any]:
 
 # --- C. the language model --------------------------------------------------------------------------------
 
-PAIRS, SURE = 2000, 3.0  # recorded pairs; scale of their labels' log-odds
+PAIRS, JUDGED, SURE = 2000, 8000, 3.0  # recorded pairs; the judge's; scale of their labels' log-odds
 DRAWS, CANDIDATES = 1024, 64  # prompts asked (each of the eight 128 times), answers to each
 GAMMA, BATCH, RATE = 0.5, 64, 1e-3
 UPDATES = 128  # of every arm, as nearly as whole passes allow
@@ -158,7 +173,8 @@ NORMALISED = LOSSES[:2]
 
 @dataclass(frozen=True, eq=False)
 class Here:
-    """The world of a seed, recorded pairs of another language model, and the judge that learned from them."""
+    """The world of a seed, recorded pairs of another language model, and the judge that learned from them and more of
+    their kind."""
 
     world: Any
     pairs: Any
@@ -177,21 +193,20 @@ def here(seed: int, trained: bool = True) -> Here:
     from guerdon.tasks.enumlm import Judge, world
 
     w = world(seed)
-    pairs = w.pairs(PAIRS, seed, source=other_model(w), judge=w.gold(SURE))
+    pairs = w.pairs(JUDGED, seed, source=other_model(w), judge=w.gold(SURE))
     model: Any = RewardModel.from_policy(w.policy(), seed=seed)
     if trained:
-        method = BradleyTerry(epochs=8, batch_size=BATCH, lr=3e-3)
+        method = BradleyTerry(epochs=4, batch_size=BATCH, lr=3e-3)
         with tempfile.TemporaryDirectory() as folder:
             roles = train(method, Path(folder), seed, {"reward": model}, preferences=InMemory(pairs))
         model = roles["reward"].model
     scores = RewardModelFeedback(model.eval(), 512).score(w.rows).double().view(w.reward.shape)
-    return Here(w, pairs, Judge("learned", scores, BradleyTerryOracle(scores)), scores)
+    return Here(w, pairs[:PAIRS], Judge("learned", scores, BradleyTerryOracle(scores)), scores)
 
 
 def other_model(w: Any) -> Tensor:
-    """``[P, N]``, who answered in the recorded pairs: each prompt is answered as the reference would answer the one before
-    it, and every answer's probability is squared, as at a low temperature."""
-    return (2 * w.reference.roll(1, 0)).log_softmax(1)
+    """``[P, N]``, who answered in the recorded pairs: each prompt is answered as the reference would the one before it."""
+    return w.reference.roll(1, 0)
 
 
 def beats_reference(log_p: Tensor, reference: Tensor, score: Tensor) -> float:

@@ -128,8 +128,8 @@ class RSO:
                 if rate > run.state.get("win_rate", 0.0):
                     run.state["win_rate"] = rate
                     best.follow(actor, 1.0)
-        if self.select_every:
-            actor.follow(best, 1.0)
+                if actor.updates == updates:
+                    actor.follow(best, 1.0)
 
     def answered(
         self, run: Run, reference: Role, experience: Prompted, judge: Judge, generator: torch.Generator
@@ -156,16 +156,12 @@ class RSO:
         score = traj.score().view(-1, count)
         beta = max(self.beta, 1e-12)
         accepted = rejection_sample(score, beta, self.num_samples, generator, pool)
-        kept = (accepted + count * torch.arange(len(accepted), device=accepted.device)[:, None])[
-            accepted >= 0
-        ]
-        run.log(
-            reward=score.mean(),
-            reward_accepted=traj[kept].score().mean(),
-            acceptance=acceptance_rate(
-                score, beta
-            ).mean(),  # near 1 / candidates: beta is small for these rewards
-        )
+        first = count * torch.arange(len(accepted), device=accepted.device)[:, None]
+        kept = (first + accepted)[accepted >= 0]
+        rate = acceptance_rate(
+            score, beta
+        ).mean()  # near 1 / candidates where beta is small for these rewards
+        run.log(reward=score.mean(), reward_accepted=traj[kept].score().mean(), acceptance=rate)
         return traj[kept], group[kept]
 
     def rank(
@@ -194,9 +190,7 @@ class RSO:
             length=traj.lengths.float().mean(),
         )
         write_answers(run, step, traj, None if traj.reward is None else traj.score())
-        plain = pooled(
-            traj
-        )  # the loss is of probabilities at temperature 1, whatever the answers were drawn at
+        plain = pooled(traj)  # the loss is of probabilities at temperature 1, whatever the candidates' was
         plain.inputs.pop("sampler", None)
         pairs.add(step, plain, found.where(different))
 
