@@ -120,7 +120,7 @@ SYSTEMS: tuple[System, ...] = (
         "online", "copg", "CoPG", "Flet-Berliac et al., 2024", "2406.19185",
         "Contrastive Policy Gradient: Aligning LLMs on sequence-level scores in a supervised-friendly"
         " fashion",
-        "language categorical",
+        "language categorical gaussian",
         "Off-policy pairs: each answer's baseline is the other's regularised reward",
         paper=9, ready=True,
     ),
@@ -334,14 +334,14 @@ SYSTEMS: tuple[System, ...] = (
     _row(
         "online", "grpo", "GRPO", "Shao et al., 2024", "2402.03300",
         "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
-        "categorical language diffusion consistency",
+        "categorical gaussian language diffusion consistency",
         "Advantages relative to the group of answers to one prompt; no critic",
         ready=True,
     ),
     _row(
         "online", "rebel", "REBEL", "Gao et al., 2024", "2404.16767",
         "REBEL: Reinforcement Learning via Regressing Relative Rewards",
-        "categorical language diffusion consistency",
+        "categorical gaussian language diffusion consistency",
         "Log-ratios of two samples regress on the difference of their rewards",
         ready=True,
     ),
@@ -403,7 +403,7 @@ SYSTEMS: tuple[System, ...] = (
     _row(
         "online", "rloo", "RLOO", "Ahmadian et al., 2024", "2402.14740",
         "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs",
-        "language",
+        "language categorical gaussian",
         "REINFORCE with the mean of the other samples as baseline",
         ready=True,
     ),
@@ -432,7 +432,7 @@ SYSTEMS: tuple[System, ...] = (
     _row(
         "online", "rejection_sampling", "RejectionSampling", "Yuan et al., 2023", "2308.01825",
         "Scaling Relationship on Learning Mathematical Reasoning with Large Language Models",
-        "language",
+        "language categorical gaussian",
         "Fine-tunes on the model's own answers that pass the check (RFT)",
         aliases="rft raft rest", ready=True,
     ),

@@ -1,4 +1,4 @@
-"""The command line: ``guerdon train | resume | sample | evaluate | export | list | reproduce | bench``.
+"""The command line: ``guerdon train | resume | sample | evaluate | export | list | reproduce | matrix | bench``.
 
 Nothing heavy is imported before it is needed, so that ``guerdon --help`` and ``guerdon list`` answer at once.
 """
@@ -28,6 +28,7 @@ guerdon: any policy (a controller, a language model, an image generator) learns 
                                                  the methods: what works, what is planned
   guerdon tasks                                  the ready problems
   guerdon reproduce METHOD [--seeds N]           run the experiment that shows the paper's claim
+  guerdon matrix [--rows R,R] [--columns C,C]    every objective on every kind of policy, measured
   guerdon bench roles|images|control|language|engine   speed beside plain PyTorch and other libraries
 
 Start here:  guerdon train rlcm
@@ -379,6 +380,12 @@ def _reproduce(args: list[str]) -> int:
     return runner.main(slug, options)
 
 
+def _matrix(args: list[str]) -> int:
+    from guerdon.matrix import command
+
+    return command.main(_parse(_described(command.MatrixOptions), args, "guerdon matrix"))
+
+
 def _bench(args: list[str]) -> int:
     what, rest = _positional(
         args, "what to time", "guerdon bench roles|images|control|language|engine [--out results]"
@@ -397,6 +404,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "list": _list,
     "tasks": _tasks,
     "reproduce": _reproduce,
+    "matrix": _matrix,
     "bench": _bench,
 }
 

@@ -32,6 +32,7 @@ from guerdon.errors import (
     UsageError,
     nearest,
 )
+from guerdon.experience.base import wants_groups
 from guerdon.experience.recomputed import Recomputed
 from guerdon.feedback.base import Feedback, compare
 from guerdon.feedback.functions import MixedReward
@@ -439,7 +440,7 @@ def train(
         "device": device,
         "threads": threads,
         "precision": precision,
-        "compile": _compiles(task, device, engine) if compile is None else compile,
+        "compile": _compiles(method, task, device, engine) if compile is None else compile,
         "recompute": recompute,
         "log": list(log),
         "checkpoint_every": checkpoint_every,
@@ -491,6 +492,11 @@ def _launch(
             f"{folder} already holds a run; continue it with 'guerdon resume {folder}', or take another --name"
         )
     local = config["engine"] == "local"
+    if config.get("compile") and config["task"] == "control" and wants_groups(method):
+        raise UsageError(
+            f"'{config['method']}' learns from whole episodes, whose batches differ in length and cannot be compiled; leave "
+            "out --compile"
+        )
     whole = local and config.get("compile") is True and config["task"] == "control"
     overrides = {
         "precision": config.get("precision"),
@@ -575,10 +581,14 @@ def _experience(task: Task, samplers: int, seed: int, engine: Engine) -> Any:
     return remote_rollouts(task, samplers, seed, engine)
 
 
-def _compiles(task: str, device: str, engine: str) -> bool | None:
+def _compiles(method: Any, task: str, device: str, engine: str) -> bool | None:
     """Whether a run compiles its updates when nothing was said. Decided once and written into its config, so that a
     resumed run computes the same numbers."""
     if task != "control" or engine != "local":  # a compiled update is that of one process
+        return None
+    if wants_groups(
+        method
+    ):  # whole episodes: each batch is as long as its longest, and would be compiled anew
         return None
     from guerdon import compiled
 

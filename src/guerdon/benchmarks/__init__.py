@@ -55,7 +55,7 @@ def main(what: str, rest: Sequence[str]) -> int:
             raise UsageError(f"unknown option '{rest[0]}'; 'guerdon bench {what}' takes --out FOLDER")
         out = Path(rest[1])
     module = importlib.import_module(f"guerdon.benchmarks.{what}")
-    from guerdon.reproductions.runner import format_table, machine
+    from guerdon.run.records import format_table, machine
 
     rows: list[dict[str, Any]] = module.run()
     header = ["work", "guerdon", "beside it", "ratio", "target", ""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal, Protocol
 
 from guerdon.batch import Trajectories
@@ -28,3 +29,20 @@ class Experience(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Grouped(Experience, Protocol):
+    """Experience of whole trajectories, some to each prompt (or starting state), for methods that compare them:
+    `guerdon.experience.prompts.Prompted`, `guerdon.experience.episodes.Episodes`.
+
+    ``collect(actor, n, group_size)`` gives ``n`` trajectories, those of a group side by side and with one number in
+    ``group``.
+    """
+
+    unit: Literal["trajectory"]  # type: ignore[assignment]
+
+
+def wants_groups(method: Any) -> bool:
+    """Whether a method (or its class) compares whole trajectories: the ``experience`` of its ``train`` is `Grouped`."""
+    parameter = inspect.signature(method.train).parameters.get("experience")
+    return parameter is not None and "Grouped" in str(parameter.annotation)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, SupportsFloat
 
@@ -141,16 +141,26 @@ class Environments:
         self._return = np.zeros(self.n)
         self._began = np.full(self.n, self._steps)  # the step at which each row's episode began
 
-    def reset(self) -> Arrays:
+    def reset(self, seeds: Sequence[int] | None = None) -> Arrays:
         """Begin new episodes in all environments and return their observations ``[n, ...]``.
 
-        The random numbers follow from the seed and the number of resets so far: the same in every run.
+        Args:
+            seeds: ``n`` numbers, one a row; rows with the same one begin alike. None: the random numbers follow from the
+                seed and the number of resets so far, the same in every run.
 
         Raises:
             EnvironmentFailure: an environment raised or returned something that is no observation.
+            UsageError: ``seeds`` for environments whose rows cannot be seeded one by one (EnvPool's).
         """
         # rows are seeded with consecutive numbers by gymnasium, and EnvPool wants 31 bits
-        seed = mix(self.seed, self._resets) % (2**31 - self.n)
+        seed: Any = mix(self.seed, self._resets) % (2**31 - self.n)
+        if seeds is not None:
+            if self.backend == "envpool" or len(seeds) != self.n:
+                raise UsageError(
+                    f"{self.id} ({self.backend}, {self.n} rows) cannot begin from {len(seeds)} seeds, one a row; take "
+                    "another backend, or as many seeds as rows"
+                )
+            seed = list(seeds)
         self._resets += 1
         self._steps = 0
         self._clear_episodes()

@@ -84,7 +84,7 @@ class Rollouts:
         self._take_statistics(actor)
         steps = n // env.n
         act, observation = actor.acting(), self._observation()
-        noise = self._noise(actor.model.noise, (steps, env.n))  # type: ignore[arg-type]
+        noise = draw_noise(self.random, actor.model.noise, (steps, env.n))  # type: ignore[union-attr]
         kept: dict[str, Any] = {}
         reward = np.empty((steps, env.n), dtype=np.float32)
         terminated = np.empty((steps, env.n), dtype=bool)
@@ -94,8 +94,8 @@ class Rollouts:
             out = act(observation, noise[t])
             if not kept:
                 kept = {name: np.empty((steps, *v.shape), v.dtype) for name, v in out.items()}
-                seen = _room(observation, steps)
-            _put(seen, t, observation)
+                seen = room(observation, steps)
+            put(seen, t, observation)
             for name, value in out.items():
                 kept[name][t] = value
             step = env.step(out["action"])
@@ -117,7 +117,7 @@ class Rollouts:
             {
                 "step": TensorDict(
                     {
-                        "observation": _rows_first(seen, rows, steps),
+                        "observation": rows_first(seen, rows, steps),
                         **{name: torch.from_numpy(v).transpose(0, 1) for name, v in kept.items()},
                     },
                     batch_size=[rows, steps],
@@ -154,7 +154,7 @@ class Rollouts:
         env, observation = self.environments, self._observation()
         act = None if actor is None else actor.acting()
         if actor is not None:
-            noise = self._noise(actor.model.noise, (steps, env.n))  # type: ignore[arg-type]
+            noise = draw_noise(self.random, actor.model.noise, (steps, env.n))  # type: ignore[union-attr]
         for t in range(steps):
             action = self._random_action() if act is None else act(observation, noise[t])["action"]
             step = env.step(action)
@@ -199,16 +199,6 @@ class Rollouts:
         if hasattr(space, "low") and np.isfinite(space.low).all() and np.isfinite(space.high).all():
             return self.random.uniform(space.low, space.high, (n, *space.shape)).astype(np.float32)
         return np.stack([space.sample() for _ in range(n)])
-
-    def _noise(self, kind: tuple[str, int], shape: tuple[int, ...]) -> np.ndarray:
-        """float32 ``[*shape, K]``."""
-        what, size = kind
-        if what == "normal":
-            return self.random.standard_normal((*shape, size), dtype=np.float32)
-        if what == "gumbel":
-            exponential = self.random.standard_exponential((*shape, size), dtype=np.float32)
-            return -np.log(np.maximum(exponential, np.float32(1e-30)))
-        return self.random.random((*shape, size), dtype=np.float32)
 
     def _take_statistics(self, actor: Role) -> None:
         if actor.model.features.scaler is None:  # type: ignore[union-attr]
@@ -255,13 +245,26 @@ class Rollouts:
 # --- arrays, or dictionaries of arrays --------------------------------------------------------------------
 
 
-def _room(example: Any, steps: int) -> Any:
+def draw_noise(random: np.random.Generator, kind: tuple[str, int], shape: tuple[int, ...]) -> np.ndarray:
+    """float32 ``[*shape, K]``: the random numbers that acting needs (`Controller.noise`)."""
+    what, size = kind
+    if what == "normal":
+        return random.standard_normal((*shape, size), dtype=np.float32)
+    if what == "gumbel":
+        exponential = random.standard_exponential((*shape, size), dtype=np.float32)
+        return -np.log(np.maximum(exponential, np.float32(1e-30)))
+    return random.random((*shape, size), dtype=np.float32)
+
+
+def room(example: Any, steps: int) -> Any:
+    """Arrays ``[steps, *shape]`` for as many of what ``example`` is."""
     if isinstance(example, dict):
-        return {name: _room(value, steps) for name, value in example.items()}
+        return {name: room(value, steps) for name, value in example.items()}
     return np.empty((steps, *example.shape), example.dtype)
 
 
-def _put(room: Any, t: int, value: Any) -> None:
+def put(room: Any, t: int, value: Any) -> None:
+    """Write ``value`` into place ``t`` of what `room` made."""
     if isinstance(room, dict):
         for name, array in room.items():
             array[t] = value[name]
@@ -280,9 +283,10 @@ def with_rows(base: Any, other: Any, rows: np.ndarray) -> Any:
     return np.where(rows.reshape(-1, *[1] * (base.ndim - 1)), other, base)
 
 
-def _rows_first(seen: Any, rows: int, steps: int) -> Any:
+def rows_first(seen: Any, rows: int, steps: int) -> Any:
+    """Arrays ``[steps, rows, ...]`` as tensors ``[rows, steps, ...]``."""
     if isinstance(seen, dict):
-        return TensorDict({k: _rows_first(v, rows, steps) for k, v in seen.items()}, batch_size=[rows, steps])
+        return TensorDict({k: rows_first(v, rows, steps) for k, v in seen.items()}, batch_size=[rows, steps])
     return torch.from_numpy(seen).transpose(0, 1)
 
 

@@ -18,8 +18,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Mapping
@@ -27,8 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from guerdon import __version__, catalog
+from guerdon import catalog
 from guerdon.errors import UsageError
+from guerdon.run.records import format_table, machine
 
 Results = dict[str, dict[int, dict[str, Any]]]
 
@@ -60,41 +59,6 @@ def find(slug: str) -> Any:
     if importlib.util.find_spec(name) is None:
         raise UsageError(f"'{slug}' has no reproduction yet")
     return importlib.import_module(name)
-
-
-def machine() -> dict[str, Any]:
-    """Versions and hardware, for the record."""
-    import torch
-
-    model = next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
-    return {
-        "guerdon": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-
-
-def format_table(rows: list[list[str]]) -> str:
-    """Columns padded to their widest cell; the first row is the header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
 
 
 def main(slug: str, options: Any) -> int:

@@ -17,7 +17,9 @@ from guerdon.critics.action import ActionCritic
 from guerdon.critics.state import StateCritic
 from guerdon.errors import UsageError
 from guerdon.evaluation.control import evaluate
+from guerdon.experience.base import wants_groups
 from guerdon.experience.environments import make
+from guerdon.experience.episodes import Episodes
 from guerdon.experience.rollouts import Rollouts
 from guerdon.feedback.base import Feedback
 from guerdon.feedback.functions import parse_reward
@@ -139,6 +141,47 @@ class Control(Task):
             "critic_lr": 3e-4,
         },
         "reinforce": {"rounds": 100, "samples": 2048, "lr": 3e-3},
+        "grpo": {
+            "rounds": 40,
+            "prompts_per_round": 8,
+            "group_size": 8,
+            "minibatch": 32,
+            "lr": 3e-3,
+            "kl": 0.0,
+            "epochs": 2,
+        },
+        "rloo": {
+            "rounds": 40,
+            "prompts_per_round": 8,
+            "group_size": 8,
+            "minibatch": 32,
+            "lr": 3e-3,
+            "kl": 0.0,
+            "epochs": 2,
+        },
+        "rebel": {
+            "rounds": 80,
+            "prompts_per_round": 32,
+            "epochs": 2,
+            "minibatch": 32,
+            "lr": 3e-3,
+            "eta": 10.0,
+        },
+        "copg": {
+            "source": "sampled",
+            "rounds": 40,
+            "prompts_per_round": 8,
+            "group_size": 8,
+            "beta": 0.5,
+            "lr": 3e-3,
+        },
+        "rejection_sampling": {
+            "rounds": 40,
+            "prompts_per_round": 8,
+            "group_size": 8,
+            "epochs": 4,
+            "lr": 3e-3,
+        },
         "mdpo": {"rounds": 60, "environments": 8, "lr": 3e-3, "schedule": "constant"},
         "trpo": {"rounds": 60, "environments": 8},
     }
@@ -224,7 +267,10 @@ class Control(Task):
             **head,
         )
 
-    def experience(self, seed: int) -> Rollouts:
+    def experience(self, seed: int) -> Rollouts | Episodes:
+        """Whole episodes in groups for methods that compare them, else rows of steps."""
+        if self.method is not None and wants_groups(self.method):
+            return Episodes(self.env_id, seed=seed, **self.env_options)
         n = int(self._option("environments", 1))
         environments = make(self.env_id, n, mix(seed, 0xE17) % 2**31, **self.env_options)
         gamma = self._option("gamma", 0.99) if self._option("scale_reward", False) else None

@@ -12,8 +12,8 @@ from typing import ClassVar, Literal
 import torch
 
 from guerdon.errors import UsageError
+from guerdon.experience.base import Grouped
 from guerdon.experience.datasets import Data, Groups, Subset, cached_reference
-from guerdon.experience.prompts import Prompted
 from guerdon.experience.recent import Recent, distinct, regrouped
 from guerdon.feedback.base import Feedback
 from guerdon.objectives.policy_gradient import Baseline, ContrastivePolicyGradient
@@ -81,7 +81,7 @@ class CoPG:
         run: Run,
         actor: Role,
         rated: Data | None = None,
-        experience: Prompted | None = None,
+        experience: Grouped | None = None,
         feedback: Feedback | None = None,
     ) -> None:
         """Compare the answers to a prompt with one another, a minibatch of groups at a time."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from guerdon.credit import group_relative
 from guerdon.errors import UsageError
-from guerdon.experience.prompts import Prompted
+from guerdon.experience.base import Grouped
 from guerdon.feedback.base import Feedback
 from guerdon.objectives.policy_gradient import ClippedSurrogate
 from guerdon.optim import AdamW
@@ -47,7 +47,7 @@ class GRPO:
         lora = LoRA(self.lora_rank, self.lora_alpha) if self.lora_rank else None
         return {"actor": RoleSettings(AdamW(self.lr), self.max_grad_norm, lora, micro_batch=self.micro_batch)}
 
-    def train(self, run: Run, actor: Role, experience: Prompted, feedback: Feedback) -> None:
+    def train(self, run: Run, actor: Role, experience: Grouped, feedback: Feedback) -> None:
         """Answer each prompt several times, score, compare within the group, take clipped steps; repeat."""
         reference = actor.copy(frozen=True)
         objective = ClippedSurrogate(clip=self.clip, kl=self.kl, kl_estimator="k3", reduction="trajectory")

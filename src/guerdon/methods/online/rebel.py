@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guerdon.experience.prompts import Prompted
+from guerdon.experience.base import Grouped
 from guerdon.feedback.base import Feedback
 from guerdon.objectives.reward_difference import RewardDifference, pairs
 from guerdon.optim import AdamW
@@ -37,7 +37,7 @@ class REBEL:
         lora = LoRA(self.lora_rank, self.lora_alpha) if self.lora_rank else None
         return {"actor": RoleSettings(AdamW(self.lr), self.max_grad_norm, lora, micro_batch=self.micro_batch)}
 
-    def train(self, run: Run, actor: Role, experience: Prompted, feedback: Feedback) -> None:
+    def train(self, run: Run, actor: Role, experience: Grouped, feedback: Feedback) -> None:
         """Answer each prompt twice, score, regress the differences; repeat."""
         objective = RewardDifference(eta=self.eta)
         for _ in run.steps(self.rounds):

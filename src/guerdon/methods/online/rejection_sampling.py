@@ -15,7 +15,7 @@ from torch import Tensor
 
 from guerdon.batch import Trajectories
 from guerdon.errors import UsageError, nearest
-from guerdon.experience.prompts import Prompted
+from guerdon.experience.base import Grouped
 from guerdon.feedback.base import Feedback
 from guerdon.objectives.likelihood import WeightedLikelihood
 from guerdon.optim import AdamW
@@ -75,7 +75,7 @@ class RejectionSampling:
             return rows[first_of_equals(answers.group, answers.inputs["step", "token"], answers.mask)]
         return good.nonzero().squeeze(1)
 
-    def train(self, run: Run, actor: Role, experience: Prompted, feedback: Feedback) -> None:
+    def train(self, run: Run, actor: Role, experience: Grouped, feedback: Feedback) -> None:
         """Answer each prompt several times, score, keep the good answers, raise their likelihood; repeat."""
         for _ in run.steps(self.rounds):
             traj = experience.collect(

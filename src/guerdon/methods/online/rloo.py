@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from guerdon.credit import leave_one_out
 from guerdon.errors import UsageError
-from guerdon.experience.prompts import Prompted
+from guerdon.experience.base import Grouped
 from guerdon.feedback.base import Feedback
 from guerdon.objectives.policy_gradient import Reinforce
 from guerdon.optim import AdamW
@@ -49,7 +49,7 @@ class RLOO:
         lora = LoRA(self.lora_rank, self.lora_alpha) if self.lora_rank else None
         return {"actor": RoleSettings(AdamW(self.lr), self.max_grad_norm, lora, micro_batch=self.micro_batch)}
 
-    def train(self, run: Run, actor: Role, experience: Prompted, feedback: Feedback) -> None:
+    def train(self, run: Run, actor: Role, experience: Grouped, feedback: Feedback) -> None:
         """Answer each prompt several times, score, subtract the KL and the others' mean, step; repeat."""
         reference = actor.copy(frozen=True)
         objective = Reinforce(reduction="sum")  # the log-probability of an answer is the sum over its tokens

@@ -95,11 +95,19 @@ class Classic(VectorEnv):
         raise NotImplementedError
 
     def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+        self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict]:
-        """Begin new episodes everywhere; a ``seed`` starts the random numbers anew."""
-        super().reset(seed=seed)
-        self.state = self._start(self.num_envs)
+        """Begin new episodes everywhere; a ``seed`` starts the random numbers anew. With a list of them, one for each
+        environment, those with the same one begin in the same state."""
+        if isinstance(seed, list):
+            starts: dict[int, np.ndarray] = {}
+            for value in dict.fromkeys(seed):
+                super().reset(seed=value)
+                starts[value] = self._start(1)
+            self.state = np.concatenate([starts[value] for value in seed], axis=1)
+        else:
+            super().reset(seed=seed)
+            self.state = self._start(self.num_envs)
         self._clock = 0
         self._deadline[:] = self._limit
         return self._observe(), {}
