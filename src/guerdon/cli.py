@@ -1,4 +1,4 @@
-"""The command line: ``guerdon train | resume | sample | evaluate | export | list | reproduce | matrix | bench``.
+"""The command line: ``guerdon train | resume | sample | evaluate | export | list | reproduce | matrix | plan | bench``.
 
 Nothing heavy is imported before it is needed, so that ``guerdon --help`` and ``guerdon list`` answer at once.
 """
@@ -29,6 +29,7 @@ guerdon: any policy (a controller, a language model, an image generator) learns 
   guerdon tasks                                  the ready problems
   guerdon reproduce METHOD [--seeds N]           run the experiment that shows the paper's claim
   guerdon matrix [--rows R,R] [--columns C,C]    every objective on every kind of policy, measured
+  guerdon plan METHOD [--draw graph.svg]         its calls as a graph; --actor 7b: a plan for a cluster
   guerdon bench roles|images|control|language|engine   speed beside plain PyTorch and other libraries
 
 Start here:  guerdon train rlcm
@@ -380,6 +381,40 @@ def _reproduce(args: list[str]) -> int:
     return runner.main(slug, options)
 
 
+@dataclasses.dataclass
+class PlanOptions:
+    """What ``guerdon plan`` takes."""
+
+    task: str | None = None  # the problem on which the method is traced; by default its own
+    policy: str | None = None  # a kind of policy ('language') where the method trains several
+    env: str | None = None  # id of a gymnasium environment, for controllers
+    reward: str | None = None  # a judge, as for 'guerdon train'
+    cost: str | None = None  # likewise of costs
+    draw: str | None = None  # write the graph of calls to this file (.svg, .png, .pdf)
+    actor: str | None = None  # size of the actor (7b, 70b, a config.json): search a plan for a cluster
+    critic: str | None = None  # size of critics
+    reward_model: str | None = None  # size of the reward model; a judge without one takes no GPU
+    cluster: str = "8x8xH100"  # nodes x GPUs x kind, a shipped name, or a .toml file
+    batch: int = 512  # answers an iteration
+    prompt: int = 1024  # tokens of a prompt
+    response: int = 1024  # tokens of an answer
+    offload: bool = False  # frozen models may wait in the host's memory
+    seconds: float | None = None  # of search; by default a fixed number of steps
+    seed: int = 0  # of the search
+    timeline: str | None = None  # write a picture of two iterations to this file
+    out: str | None = None  # write the plan to this JSON file
+
+
+def _plan(args: list[str]) -> int:
+    slug, rest = _positional(
+        args, "the method", "guerdon plan METHOD [--draw graph.svg] [--actor 7b --cluster 2x8xH100]"
+    )
+    options = _parse(_described(PlanOptions), rest, f"guerdon plan {slug}")
+    from guerdon import planning
+
+    return planning.main(slug, options)
+
+
 def _matrix(args: list[str]) -> int:
     from guerdon.matrix import command
 
@@ -405,6 +440,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "tasks": _tasks,
     "reproduce": _reproduce,
     "matrix": _matrix,
+    "plan": _plan,
     "bench": _bench,
 }
 

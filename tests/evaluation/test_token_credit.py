@@ -11,7 +11,8 @@ from guerdon.errors import ShapeError
 from guerdon.evaluation import enumerable
 from guerdon.evaluation.token_credit import heat_map, localisation, soft_values, token_rewards
 from guerdon.feedback.implicit import ImplicitReward
-from guerdon.objectives.preference import PairwiseObjective, with_reference
+from guerdon.objectives.preference import PairwiseObjective
+from guerdon.objectives.sides import with_reference
 from guerdon.policies.language import LanguagePolicy
 from guerdon.reproductions import r_to_qstar
 from guerdon.tasks import arithmetic

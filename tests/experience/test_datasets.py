@@ -40,7 +40,7 @@ from guerdon.experience.datasets import (
 from guerdon.experience.rows import Rows, read_rows
 from guerdon.experience.tokenised import DEFAULT_MAX_LENGTH, Words
 from guerdon.objectives.likelihood import WeightedLikelihood
-from guerdon.objectives.preference import with_reference
+from guerdon.objectives.sides import with_reference
 from guerdon.optim import Adam
 from guerdon.policies.language import LanguagePolicy, joined
 from guerdon.policies.lora import LoRA

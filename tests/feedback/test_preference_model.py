@@ -14,7 +14,7 @@ from guerdon.batch import Preferences, Trajectories, concatenate, pad_steps
 from guerdon.errors import FeedbackError, ShapeError, UsageError
 from guerdon.feedback.preference_model import PreferenceModel, join_rows, reward_against
 from guerdon.feedback.reward_model import RewardModel
-from guerdon.objectives.preference import PairClassifier, RewardPairs
+from guerdon.objectives.judges import PairClassifier, RewardPairs
 from guerdon.optim import AdamW
 from guerdon.policies.language import LanguagePolicy
 from guerdon.randomness import row_seeds

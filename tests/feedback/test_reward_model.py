@@ -20,7 +20,7 @@ from guerdon.feedback.reward_model import (
     last_tokens,
     same_tokenizer,
 )
-from guerdon.objectives.preference import RewardPairs
+from guerdon.objectives.judges import RewardPairs
 from guerdon.optim import AdamW
 from guerdon.policies.language import LanguagePolicy
 from guerdon.policies.lora import LoRA

@@ -15,7 +15,7 @@ from guerdon.errors import UsageError
 from guerdon.experience.datasets import InMemory
 from guerdon.experience.prompts import Prompted, Prompts
 from guerdon.methods.online.copg import CoPG
-from guerdon.objectives.policy_gradient import ContrastivePolicyGradient
+from guerdon.objectives.contrastive import ContrastivePolicyGradient
 from guerdon.policies.tabular import CategoricalTable
 from guerdon.randomness import row_seeds
 from guerdon.reproductions import copg as experiment

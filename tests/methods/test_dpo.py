@@ -16,7 +16,9 @@ from guerdon.batch import Preferences, concatenate
 from guerdon.engine.local import LocalEngine
 from guerdon.experience.datasets import InMemory, load_preferences
 from guerdon.methods.preference.dpo import DPO
-from guerdon.objectives.preference import PairLoss, PairwiseObjective, PlackettLuce, with_reference
+from guerdon.objectives.pair_losses import PairLoss
+from guerdon.objectives.preference import PairwiseObjective, PlackettLuce
+from guerdon.objectives.sides import with_reference
 from guerdon.optim import SGD
 from guerdon.policies.language import LanguagePolicy
 from guerdon.roles import Role, RoleSettings

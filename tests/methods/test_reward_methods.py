@@ -21,7 +21,7 @@ from guerdon.feedback.teachers import BradleyTerry as Teacher
 from guerdon.feedback.teachers import MatrixOracle, label
 from guerdon.methods.reward.bradley_terry import BradleyTerry
 from guerdon.methods.reward.preference_model import PairwisePreference
-from guerdon.objectives.preference import AttributeRegression
+from guerdon.objectives.judges import AttributeRegression
 from guerdon.optim import AdamW
 from guerdon.policies.language import LanguagePolicy
 from guerdon.roles import Role, RoleSettings

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from guerdon.batch import Preferences, Trajectories, pad_steps
 from guerdon.credit import leave_one_out
 from guerdon.errors import ShapeError, UsageError
-from guerdon.objectives.policy_gradient import ContrastivePolicyGradient, Reinforce
+from guerdon.objectives.contrastive import ContrastivePolicyGradient
+from guerdon.objectives.policy_gradient import Reinforce
 from guerdon.optim import SGD
 from guerdon.policies.tabular import CategoricalTable
 from guerdon.randomness import row_seeds

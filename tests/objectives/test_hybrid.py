@@ -11,8 +11,8 @@ import torch
 from guerdon.batch import Preferences
 from guerdon.errors import ShapeError
 from guerdon.objectives.hybrid import HybridPreference, PairsAndSamples
-from guerdon.objectives.policy_gradient import ReverseKL
 from guerdon.objectives.preference import PairwiseObjective
+from guerdon.objectives.reverse_kl import ReverseKL
 
 
 def both(batch: Any, answers: int = 4) -> tuple[Preferences, Any, PairsAndSamples]:

@@ -14,7 +14,7 @@ from guerdon.batch import Trajectories, pad_steps
 from guerdon.errors import ShapeError, UsageError
 from guerdon.objectives.likelihood import WeightedLikelihood, clipped_ratio
 from guerdon.objectives.policy_gradient import Reinforce
-from guerdon.objectives.preference import with_reference
+from guerdon.objectives.sides import with_reference
 from guerdon.optim import Adam
 from guerdon.policies.language import LanguagePolicy
 from guerdon.policies.tabular import CategoricalTable

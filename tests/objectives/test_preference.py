@@ -18,23 +18,13 @@ from torch import Tensor, nn
 
 from guerdon.batch import Preferences, Trajectories, pad_steps
 from guerdon.errors import ShapeError, UsageError
-from guerdon.objectives import preference
+from guerdon.objectives import pair_losses
 from guerdon.objectives.divergence import f_divergence, f_score
-from guerdon.objectives.preference import (
-    AttributeRegression,
-    PairClassifier,
-    PairLoss,
-    PairwiseObjective,
-    PlackettLuce,
-    RewardPairs,
-    both_sides,
-    coins,
-    implicit_reward,
-    plackett_luce,
-    ranked,
-    with_reference,
-)
+from guerdon.objectives.judges import AttributeRegression, PairClassifier, RewardPairs, coins
+from guerdon.objectives.pair_losses import PairLoss, implicit_reward, plackett_luce
+from guerdon.objectives.preference import PairwiseObjective, PlackettLuce, ranked
 from guerdon.objectives.reward_difference import RewardDifference
+from guerdon.objectives.sides import both_sides, with_reference
 from guerdon.optim import Adam
 from guerdon.policies.language import LanguagePolicy
 from guerdon.policies.tabular import CategoricalTable
@@ -255,21 +245,21 @@ def test_metrics() -> None:
 # --- gradients --------------------------------------------------------------------------------------------
 
 PURE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "sigmoid": lambda w, r: preference.sigmoid_loss(w, r, 0.4, 0.2),
-    "hinge": lambda w, r: preference.hinge_loss(w, r, 0.4),
-    "ipo": lambda w, r: preference.ipo_loss(w, r, 0.4),
-    "exo": lambda w, r: preference.exo_loss(w, r, 0.4, 0.95),
-    "nca": lambda w, r: preference.nca_loss(w, r, 0.4),
-    "bco": lambda w, r: preference.bco_loss(w, r, 0.4, 0.1),
-    "sppo": lambda w, r: preference.sppo_loss(w, r, 0.4),
-    "apo_zero": lambda w, r: preference.apo_zero_loss(w, r, 0.4),
-    "apo_down": lambda w, r: preference.apo_down_loss(w, r, 0.4),
-    "aot": lambda w, r: preference.aot_loss(w, r, 0.4, 0.1),
-    "discopop": lambda w, r: preference.discopop_loss(w, r, 0.4, 0.5),
-    "cpl": lambda w, r: preference.cpl_loss(w, r, 0.4, 0.5),
-    "unlikelihood": lambda w, r: preference.unlikelihood_loss(w, r, 0.4),
-    "soft": lambda w, r: preference.soften(preference.sigmoid_loss, w, r, 0.7),
-    "js": lambda w, r: preference.sigmoid_loss(f_score(w, "js"), f_score(r, "js")),
+    "sigmoid": lambda w, r: pair_losses.sigmoid_loss(w, r, 0.4, 0.2),
+    "hinge": lambda w, r: pair_losses.hinge_loss(w, r, 0.4),
+    "ipo": lambda w, r: pair_losses.ipo_loss(w, r, 0.4),
+    "exo": lambda w, r: pair_losses.exo_loss(w, r, 0.4, 0.95),
+    "nca": lambda w, r: pair_losses.nca_loss(w, r, 0.4),
+    "bco": lambda w, r: pair_losses.bco_loss(w, r, 0.4, 0.1),
+    "sppo": lambda w, r: pair_losses.sppo_loss(w, r, 0.4),
+    "apo_zero": lambda w, r: pair_losses.apo_zero_loss(w, r, 0.4),
+    "apo_down": lambda w, r: pair_losses.apo_down_loss(w, r, 0.4),
+    "aot": lambda w, r: pair_losses.aot_loss(w, r, 0.4, 0.1),
+    "discopop": lambda w, r: pair_losses.discopop_loss(w, r, 0.4, 0.5),
+    "cpl": lambda w, r: pair_losses.cpl_loss(w, r, 0.4, 0.5),
+    "unlikelihood": lambda w, r: pair_losses.unlikelihood_loss(w, r, 0.4),
+    "soft": lambda w, r: pair_losses.soften(pair_losses.sigmoid_loss, w, r, 0.7),
+    "js": lambda w, r: pair_losses.sigmoid_loss(f_score(w, "js"), f_score(r, "js")),
 }
 
 
@@ -487,9 +477,9 @@ def test_cpl_with_a_reference_and_without_bias_is_dpo() -> None:
 def test_cpl_bias_is_on_the_losing_side_only() -> None:
     win, lose = torch.tensor([0.4]), torch.tensor([1.2])
     expected = -math.log(math.exp(0.4) / (math.exp(0.4) + math.exp(0.5 * 1.2)))
-    assert float(preference.cpl_loss(win, lose, 1.0, 0.5)) == pytest.approx(expected)
+    assert float(pair_losses.cpl_loss(win, lose, 1.0, 0.5)) == pytest.approx(expected)
     same = torch.tensor([0.7])
-    assert float(preference.cpl_loss(same, same, 1.0, 1.0)) == pytest.approx(math.log(2))
+    assert float(pair_losses.cpl_loss(same, same, 1.0, 1.0)) == pytest.approx(math.log(2))
     # a label of 0.5 counts both directions
     policy, batch = three_pairs()
     objective = PairwiseObjective("cpl", BETA, bias=0.5, reference_free=False)
@@ -651,7 +641,7 @@ def test_plackett_luce_is_a_distribution_over_orders() -> None:
 def test_plackett_luce_of_two_is_the_pair_loss() -> None:
     win, lose = torch.tensor([0.3, -2.0, 40.0]), torch.tensor([1.0, 0.5, -60.0])
     found = plackett_luce(0.1 * torch.stack([win, lose], 1))
-    torch.testing.assert_close(found, preference.sigmoid_loss(win, lose, 0.1))
+    torch.testing.assert_close(found, pair_losses.sigmoid_loss(win, lose, 0.1))
 
 
 def test_lists_of_two_give_the_update_of_pairs() -> None:
@@ -946,8 +936,8 @@ def test_soft_labels_between_the_hard_ones(seed: int, beta: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     win, lose, p = torch.randn(3, 8, generator=generator).unbind()
     p = p.sigmoid()
-    loss = lambda w, r: preference.sigmoid_loss(w, r, beta)
-    soft = preference.soften(loss, win, lose, p)
+    loss = lambda w, r: pair_losses.sigmoid_loss(w, r, beta)
+    soft = pair_losses.soften(loss, win, lose, p)
     ends = torch.stack([loss(win, lose), loss(lose, win)])
     assert bool((soft <= ends.max(0).values + 1e-6).all())
     assert bool((soft >= ends.min(0).values - 1e-6).all())
@@ -955,7 +945,7 @@ def test_soft_labels_between_the_hard_ones(seed: int, beta: float) -> None:
     difference = (win - lose).requires_grad_()
     zero = torch.zeros_like(difference)
     fixed = (beta * difference.detach()).sigmoid()
-    preference.soften(loss, difference, zero, fixed).sum().backward()
+    pair_losses.soften(loss, difference, zero, fixed).sum().backward()
     assert difference.grad is not None
     assert float(difference.grad.abs().max()) < 1e-6
 

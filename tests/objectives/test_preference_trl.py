@@ -17,7 +17,9 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from guerdon.batch import Preferences, Trajectories
-from guerdon.objectives.preference import PairwiseObjective, RewardPairs, with_reference
+from guerdon.objectives.judges import RewardPairs
+from guerdon.objectives.preference import PairwiseObjective
+from guerdon.objectives.sides import with_reference
 from guerdon.optim import Adam
 from guerdon.policies.language import LanguagePolicy
 from guerdon.roles import Role, RoleSettings

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from guerdon.batch import Trajectories, pad_steps
 from guerdon.errors import ShapeError, UsageError
-from guerdon.objectives.policy_gradient import ReverseKL
+from guerdon.objectives.reverse_kl import ReverseKL
 from guerdon.policies.tabular import CategoricalTable
 from guerdon.randomness import row_seeds
 

@@ -313,7 +313,7 @@ def test_two_passes_have_the_gradient_of_one(
 @pytest.mark.usefixtures("unchecked")
 def test_errors_are_one_sentence(batch: Any, token_policy: Any) -> None:
     traj = batch(LENGTHS, group=GROUPS)
-    with pytest.raises(ShapeError, match=r"carry no group"):
+    with pytest.raises(ShapeError, match=r"carr(y|ies) no group"):
         RewardDifference()(token_policy, traj.with_(group=None))
     with pytest.raises(ShapeError, match=r"row 0 is the only one of group 7"):
         RewardDifference()(token_policy, traj[:2])

@@ -20,7 +20,7 @@ from guerdon.experience.conventions import Example, Ranked, check_option
 from guerdon.experience.prompts import read_prompts
 from guerdon.experience.rows import KINDS, read_rows
 from guerdon.experience.tokenised import Keep, Limits, Ragged, Reader, TooLong, Words
-from guerdon.objectives.preference import with_reference
+from guerdon.objectives.sides import with_reference
 from guerdon.policies.language import LanguagePolicy
 from guerdon.randomness import mix
 

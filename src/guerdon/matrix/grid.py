@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -178,16 +180,25 @@ def _measured(
         yield from map(_one, missing)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _prepare, (plugins, 1)) as pool:
+    with ProcessPoolExecutor(jobs, context, _prepare, (plugins, 1, os.getpid())) as pool:
         for future in as_completed([pool.submit(_one, key) for key in missing]):
             yield future.result()
 
 
-def _prepare(plugins: Sequence[str], threads: int | None) -> None:
+def _prepare(plugins: Sequence[str], threads: int | None, parent: int | None = None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
+    if parent is not None:
+        threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     for path in plugins:
         load_plugin(path)
+
+
+def _leave_with(parent: int) -> None:
+    """End this process when the one that started it is gone, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def load_plugin(path: str) -> None:

@@ -17,9 +17,10 @@ import torch
 from guerdon.batch import Batch, Trajectories
 from guerdon.credit import group_relative
 from guerdon.objectives.base import Objective
+from guerdon.objectives.contrastive import ContrastivePolicyGradient
 from guerdon.objectives.likelihood import WeightedLikelihood
 from guerdon.objectives.mirror_descent import MirrorDescent
-from guerdon.objectives.policy_gradient import ClippedSurrogate, ContrastivePolicyGradient, Reinforce
+from guerdon.objectives.policy_gradient import ClippedSurrogate, Reinforce
 from guerdon.objectives.preference import PairwiseObjective
 from guerdon.objectives.reward_difference import RewardDifference
 from guerdon.sampling import best_of_n, first_round

@@ -11,8 +11,8 @@ from torch import Tensor
 from guerdon.batch import Batch, Preferences, Trajectories
 from guerdon.errors import ShapeError
 from guerdon.objectives.base import Metrics
-from guerdon.objectives.policy_gradient import ReverseKL
 from guerdon.objectives.preference import PairwiseObjective
+from guerdon.objectives.reverse_kl import ReverseKL
 
 
 class PairsAndSamples(Batch):

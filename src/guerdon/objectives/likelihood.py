@@ -21,8 +21,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from guerdon.batch import Trajectories
-from guerdon.errors import ShapeError, UsageError, nearest
-from guerdon.objectives.base import Metrics
+from guerdon.errors import UsageError
+from guerdon.objectives.base import Metrics, check_choices, required
 from guerdon.objectives.policy_gradient import importance_weight
 from guerdon.objectives.reduction import Reduction, reduce, reduction_weight
 
@@ -78,14 +78,7 @@ class WeightedLikelihood:
     kl: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("reduction", get_args(Reduction)),
-            ("by", get_args(Weighing)),
-            ("importance", get_args(Ratio)),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise UsageError(f"WeightedLikelihood: {name} is '{value}'; {nearest(value, known)}")
+        check_choices(self, reduction=get_args(Reduction), by=get_args(Weighing), importance=get_args(Ratio))
         if self.clip is not None and not 0 <= self.clip <= 1:
             raise UsageError(f"WeightedLikelihood: clip is {self.clip}; it must lie between 0 and 1")
         if self.gold is not None and not 0 <= self.gold <= 1:
@@ -123,20 +116,9 @@ class WeightedLikelihood:
     def _weight(self, batch: Trajectories) -> Tensor | None:
         if self.by == "none":
             return None
-        if self.by == "reward":
-            weight = batch.score()[:, None]
-        elif batch.advantage is None:
-            raise ShapeError(
-                "WeightedLikelihood(by='advantage') needs batch.advantage, which is missing: compute it before the update"
-            )
-        else:
-            weight = batch.advantage
+        rewarded = self.by == "reward"
+        weight = batch.score()[:, None] if rewarded else required(self, batch, "advantage", "by advantage")
         return weight.clamp(min=0) if self.positive else weight
 
     def _reference(self, batch: Trajectories) -> Tensor:
-        if batch.reference_log_prob is None:
-            raise ShapeError(
-                "WeightedLikelihood with importance or kl needs batch.reference_log_prob, which is missing: call "
-                "preference.with_reference(batch, reference) before the update"
-            )
-        return batch.reference_log_prob
+        return required(self, batch, "reference_log_prob", "with importance or kl")

@@ -19,9 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guerdon.batch import Trajectories, Transitions
-from guerdon.errors import ShapeError, UsageError, nearest
 from guerdon.objectives import divergence
-from guerdon.objectives.base import Metrics
+from guerdon.objectives.base import Metrics, check_choices, required
 from guerdon.objectives.policy_gradient import drift
 from guerdon.objectives.reduction import Reduction, reduce, reduction_weight
 
@@ -86,11 +85,7 @@ class MirrorDescent:
     reduction: Reduction = "step"
 
     def __post_init__(self) -> None:
-        known = get_args(Reduction)
-        if self.reduction not in known:
-            raise UsageError(
-                f"MirrorDescent: reduction is '{self.reduction}'; {nearest(self.reduction, known)}"
-            )
+        check_choices(self, reduction=get_args(Reduction))
 
     def weight(self, batch: Trajectories) -> Tensor:
         """How much the loss counted (see `reduction.reduction_weight`)."""
@@ -101,21 +96,12 @@ class MirrorDescent:
         return reduce(self._kl(policy, policy.distribution(batch), batch), batch.mask, self.reduction)
 
     def _kl(self, policy: Any, distribution: Any, batch: Trajectories) -> Tensor:
-        if batch.reference is None:
-            raise ShapeError(
-                "MirrorDescent needs batch.reference, which is missing: store actor.distribution(batch) there before "
-                "the first step"
-            )
-        pair = (batch.reference, distribution) if self.reverse else (distribution, batch.reference)
-        p, q = pair
+        reference = required(self, batch, "reference")
+        p, q = (reference, distribution) if self.reverse else (distribution, reference)
         return divergence.kl(p, q, getattr(policy, "event_reduction", "sum"), batch.mask)
 
     def __call__(self, policy: Any, batch: Trajectories) -> tuple[Tensor, Metrics]:
-        advantage, mask = batch.advantage, batch.mask
-        if advantage is None:
-            raise ShapeError(
-                "MirrorDescent needs batch.advantage, which is missing: compute it with guerdon.credit before the update"
-            )
+        advantage, mask = required(self, batch, "advantage"), batch.mask
         distribution = policy.distribution(batch)
         log_prob = policy.log_prob(batch, distribution)
         kl = self._kl(policy, distribution, batch)

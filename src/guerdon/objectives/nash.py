@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from guerdon.batch import Trajectories
-from guerdon.errors import ShapeError, UsageError, nearest
-from guerdon.objectives.base import Metrics
+from guerdon.errors import UsageError
+from guerdon.objectives.base import Metrics, check_choices, required
 from guerdon.objectives.policy_gradient import drift
 from guerdon.objectives.reduction import reduce, reduction_weight
 
@@ -50,22 +50,15 @@ class PreferenceGradient:
             raise UsageError(
                 f"PreferenceGradient: tau is {self.tau}; a negative one rewards leaving the reference"
             )
-        if self.credit not in ("step", "trajectory"):
-            known = nearest(self.credit, ("step", "trajectory"))
-            raise UsageError(f"PreferenceGradient: credit is '{self.credit}'; {known}")
+        check_choices(self, credit=("step", "trajectory"))
 
     def weight(self, batch: Trajectories) -> Tensor:
         """The number of trajectories."""
         return reduction_weight(batch.mask, "sum")
 
     def __call__(self, policy: Any, batch: Trajectories) -> tuple[Tensor, Metrics]:
-        advantage, reference, mask = batch.advantage, batch.reference_log_prob, batch.mask
-        if advantage is None or reference is None:
-            missing = "advantage" if advantage is None else "reference_log_prob"
-            raise ShapeError(
-                f"PreferenceGradient needs batch.{missing}, which is missing: store the win rate minus 1/2 in advantage "
-                "and the reference's log-probabilities in reference_log_prob"
-            )
+        advantage, mask = required(self, batch, "advantage"), batch.mask
+        reference = required(self, batch, "reference_log_prob")
         log_prob = policy.log_prob(batch)
         ratio = torch.where(mask, log_prob.detach() - reference, 0.0)
         charge = (

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from guerdon.batch import Preferences, Trajectories
 from guerdon.errors import ShapeError, UsageError, nearest
-from guerdon.objectives.base import Metrics
+from guerdon.objectives.base import Metrics, check_choices, required
+from guerdon.objectives.groups import groups_of
 from guerdon.objectives.reduction import Reduction, reduction_weight
 
 Pairing = Literal["all", "adjacent", "random"]
@@ -131,10 +132,7 @@ class RewardDifference:
     target: Literal["score", "advantage"] = "score"
 
     def __post_init__(self) -> None:
-        for name, known in (("reference", ("old", "frozen")), ("target", ("score", "advantage"))):
-            value = getattr(self, name)
-            if value not in known:
-                raise UsageError(f"RewardDifference: {name} is '{value}'; {nearest(value, known)}")
+        check_choices(self, reference=("old", "frozen"), target=("score", "advantage"))
         if self.clip is not None and self.clip <= 0:
             raise UsageError(
                 f"RewardDifference: clip is {self.clip}; it must be positive (None for no clipping)"
@@ -181,12 +179,7 @@ class RewardDifference:
         mask, old = traj.mask, traj.log_prob
         base = old
         if self.reference == "frozen":
-            if traj.reference_log_prob is None:
-                raise ShapeError(
-                    "RewardDifference with the frozen reference needs batch.reference_log_prob, which is "
-                    "missing: store reference.log_prob(batch) there"
-                )
-            base = traj.reference_log_prob
+            base = required(self, traj, "reference_log_prob", "with the frozen reference")
         log_ratio = torch.where(mask, log_prob - base, 0.0)
         clipped = None
         if self.clip is not None:
@@ -195,25 +188,12 @@ class RewardDifference:
         if self.target == "score":
             score = traj.score()
         else:
-            if traj.advantage is None:
-                raise ShapeError(
-                    "RewardDifference on advantages needs batch.advantage, which is missing: compute it with "
-                    "guerdon.credit, or choose target='score'"
-                )
-            score = torch.where(mask, traj.advantage, 0.0).sum(1) / mask.count_nonzero(1).clamp(min=1)
+            advantage = required(self, traj, "advantage", "on advantages")
+            score = torch.where(mask, advantage, 0.0).sum(1) / mask.count_nonzero(1).clamp(min=1)
         return _Rows(log_ratio.sum(1), clipped, score)
 
     def _grouped(self, log_prob: Tensor, traj: Trajectories) -> tuple[Tensor, Metrics]:
-        group = _group(traj)
-        first, second = pair_groups(group)
-        paired = torch.zeros_like(group, dtype=torch.bool)
-        paired[first] = paired[second] = True
-        if not bool(paired.all()):
-            row = int((~paired).nonzero()[0])
-            raise ShapeError(
-                f"RewardDifference: row {row} is the only one of group {int(group[row])} in this batch; keep "
-                "the answers to a prompt together, or split the batch after pairs(traj)"
-            )
+        first, second = pair_groups(groups_of(traj, self)[0])
         rows = self._rows(log_prob, traj)
         return self._loss(rows.take(first), rows.take(second))
 

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from guerdon.batch import Trajectories
-from guerdon.errors import ShapeError, UsageError, nearest
-from guerdon.objectives.base import Metrics
+from guerdon.errors import UsageError
+from guerdon.objectives.base import Metrics, check_choices, required
 from guerdon.objectives.reduction import Reduction, reduce, reduction_weight
 
 Loss = Literal["mse", "huber"]
@@ -75,10 +75,7 @@ class ValueRegression:
     coefficient: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, known in (("loss", get_args(Loss)), ("reduction", get_args(Reduction))):
-            value = getattr(self, name)
-            if value not in known:
-                raise UsageError(f"ValueRegression: {name} is '{value}'; {nearest(value, known)}")
+        check_choices(self, loss=get_args(Loss), reduction=get_args(Reduction))
         if self.clip is not None and self.clip <= 0:
             raise UsageError(
                 f"ValueRegression: clip is {self.clip}; it must be positive (None for no clipping)"
@@ -92,11 +89,7 @@ class ValueRegression:
         return mse(value, target) if self.loss == "mse" else huber(value, target, self.delta)
 
     def __call__(self, critic: Any, batch: Trajectories) -> tuple[Tensor, Metrics]:
-        target = batch.target
-        if target is None:
-            raise ShapeError(
-                "ValueRegression needs batch.target, which is missing: compute it with guerdon.credit first"
-            )
+        target = required(self, batch, "target")
         metrics: Metrics = {}
         head = getattr(critic, "head", None)
         if getattr(head, "categorical", False):
@@ -104,13 +97,7 @@ class ValueRegression:
         value = critic.value(batch)
         losses = self._losses(value, target)
         if self.clip is not None:
-            old = batch.value
-            if old is None:
-                raise ShapeError(
-                    "ValueRegression with a clip needs batch.value, which is missing: store "
-                    "critic.value(batch) there before the first update"
-                )
-            near = clipped_value(value, old, self.clip)
+            near = clipped_value(value, required(self, batch, "value", "with a clip"), self.clip)
             losses = torch.maximum(losses, self._losses(near, target))
             with torch.no_grad():
                 metrics["clip_fraction"] = reduce((near != value).to(value.dtype), batch.mask)

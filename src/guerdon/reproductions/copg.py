@@ -80,7 +80,7 @@ def exact_regret(
     baseline: str, seed: int, steps: int = _STEPS, rate: float = _RATE, every: int = _EVERY
 ) -> list[float]:
     """Gradient descent on the expected loss of two arms drawn from the behaviour: the regret every so many steps."""
-    from guerdon.objectives.policy_gradient import ContrastivePolicyGradient
+    from guerdon.objectives.contrastive import ContrastivePolicyGradient
     from guerdon.optim import SGD
     from guerdon.roles import Role, RoleSettings
 
@@ -102,7 +102,7 @@ def exact_regret(
 
 def sampled_regret(seed: int) -> float:
     """The same from fresh minibatches of 64 pairs in each of 4000 steps, at a rate of 0.1."""
-    from guerdon.objectives.policy_gradient import ContrastivePolicyGradient
+    from guerdon.objectives.contrastive import ContrastivePolicyGradient
     from guerdon.optim import SGD
     from guerdon.roles import Role, RoleSettings
 

@@ -93,7 +93,8 @@ def _regressed(game: Tensor, policy: Tensor, seed: int) -> float:
     """Total variation between ``policy exp(r / eta) / Z`` and Adam on a table of logits with 4,000 sampled pairs."""
     from guerdon.batch import Preferences
     from guerdon.dynamics import games
-    from guerdon.objectives.preference import PairwiseObjective, with_reference
+    from guerdon.objectives.preference import PairwiseObjective
+    from guerdon.objectives.sides import with_reference
     from guerdon.optim import Adam
     from guerdon.policies.tabular import CategoricalTable
     from guerdon.randomness import mix, row_seeds

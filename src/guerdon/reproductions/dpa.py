@@ -19,7 +19,7 @@ from guerdon.experience.prompts import Prompts
 from guerdon.feedback.reward_model import RewardModel
 from guerdon.methods.online.dpa import DPA
 from guerdon.methods.online.rejection_sampling import RejectionSampling
-from guerdon.objectives.preference import AttributeRegression
+from guerdon.objectives.judges import AttributeRegression
 from guerdon.optim import AdamW
 from guerdon.randomness import mix
 from guerdon.reproductions.runner import Check, Results

@@ -28,17 +28,8 @@ from guerdon.engine.local import LocalEngine
 from guerdon.engine.mapping import Placement
 from guerdon.engine.pools import ResourcePool
 from guerdon.engine.protocols import Layout
-from guerdon.engine.reshard import (
-    ENGINES,
-    WHOLE,
-    Groups,
-    HybridEngine,
-    Parameter,
-    Store,
-    account,
-    formula,
-    take,
-)
+from guerdon.engine.reshard import ENGINES, HybridEngine, account, formula
+from guerdon.engine.shards import WHOLE, Groups, Parameter, Store, take
 from guerdon.engine.workers import Worker, WorkerGroup, register
 from guerdon.reproductions.runner import Check, Results
 

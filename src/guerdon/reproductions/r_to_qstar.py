@@ -13,7 +13,7 @@ from guerdon.evaluation import enumerable
 from guerdon.evaluation.language import spearman
 from guerdon.evaluation.token_credit import heat_map, localisation, token_rewards
 from guerdon.experience.datasets import InMemory
-from guerdon.objectives.preference import with_reference
+from guerdon.objectives.sides import with_reference
 from guerdon.reproductions.runner import Check, Results
 
 TITLE = "From r to Q*: token rewards, search and credit of a model trained by DPO"

@@ -108,7 +108,7 @@ SOURCES = {"direct": "recorded", "sft_sample_rank": "untrained", "rso_sample_ran
 def fit(features: Tensor, label: Tensor, reference: Tensor, source: Tensor, gamma: float) -> Tensor:
     """``log pi [N]`` of the log-linear policy that minimises the exact loss of all pairs of two answers of ``source [N]``
     (log-probabilities), of which the first wins with probability ``label [N, N]``."""
-    from guerdon.objectives.preference import sigmoid_loss
+    from guerdon.objectives.pair_losses import sigmoid_loss
 
     first, second = torch.cartesian_prod(*[torch.arange(len(source))] * 2).unbind(1)
     weight = (source[first] + source[second]).exp() * label.flatten()

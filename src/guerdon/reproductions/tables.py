@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from guerdon import tasks
+from guerdon.matrix import report
 
 _MARK = re.compile(r"(<!-- results: (\w+)( with notes)? -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -65,6 +66,14 @@ def benchmark(record: dict[str, Any]) -> str:
     return f"{markdown(rows)}\n\n({_machine(record)})"
 
 
+def matrix(record: dict[str, Any]) -> str:
+    """The grid's table, what is to be said about single cells, and where it was measured."""
+    remarks = "\n".join(f"* {line}" for line in report.remarks(record))
+    seeds = ", ".join(map(str, record["seeds"]))
+    seconds = f"{record['seconds'] / 60:.0f} minutes of training on one core, all cells, controls and seeds ({seeds})"
+    return f"{markdown(report.table(record))}\n\n{remarks}\n\n{seconds}. ({_machine(record)})"
+
+
 def fixtures() -> str:
     """What the shipped models reach: the ``quality.json`` beside each, measured on the shipped weights."""
     rows = [["model", "sampler", "training prompts", "held-out pairs", "training steps"]]
@@ -91,7 +100,10 @@ def fill(text: str, results: Path) -> str:
             body = f"(not measured yet: {path.name} is missing)"
         else:
             record = json.loads(path.read_text(encoding="utf-8"))
-            body = benchmark(record) if "benchmark" in record else reproduction(record)
+            if match.group(2) == "matrix":
+                body = matrix(record)
+            else:
+                body = benchmark(record) if "benchmark" in record else reproduction(record)
             if match.group(3):
                 body += f"\n\n{' '.join(str(record['notes']).split())}"
         return f"{match.group(1)}\n{body}\n\n{match.group(4)}"
@@ -108,4 +120,4 @@ def main(paths: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or ["docs/results.md", "docs/language.md"]))
+    sys.exit(main(sys.argv[1:] or ["docs/results.md", "docs/language.md", "docs/matrix.md"]))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-from guerdon import __version__
 
 
 def machine() -> dict[str, Any]:
@@ -19,7 +18,7 @@ def machine() -> dict[str, Any]:
         platform.processor(),
     )
     return {
-        "guerdon": __version__,
+        "guerdon": version("guerdon"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": model,

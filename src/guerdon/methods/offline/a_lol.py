@@ -27,7 +27,7 @@ from guerdon.experience.datasets import Data, Rescored, Subset, cached_reference
 from guerdon.experience.prompts import Prompted
 from guerdon.feedback.base import Feedback
 from guerdon.objectives.likelihood import Ratio, Weighing, WeightedLikelihood
-from guerdon.objectives.preference import with_reference
+from guerdon.objectives.sides import with_reference
 from guerdon.optim import AdamW
 from guerdon.policies.lora import LoRA
 from guerdon.randomness import mix, row_seeds

@@ -16,8 +16,8 @@ from guerdon.experience.base import Grouped
 from guerdon.experience.datasets import Data, Groups, Subset, cached_reference
 from guerdon.experience.recent import Recent, distinct, regrouped
 from guerdon.feedback.base import Feedback
-from guerdon.objectives.policy_gradient import Baseline, ContrastivePolicyGradient
-from guerdon.objectives.preference import with_reference
+from guerdon.objectives.contrastive import Baseline, ContrastivePolicyGradient
+from guerdon.objectives.sides import with_reference
 from guerdon.optim import Adam
 from guerdon.policies.lora import LoRA
 from guerdon.roles import Role, RoleSettings

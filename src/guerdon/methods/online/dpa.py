@@ -25,8 +25,8 @@ from guerdon.experience.directions import (
     reprompted,
 )
 from guerdon.experience.prompts import Prompted
+from guerdon.objectives.judges import AttributeRegression
 from guerdon.objectives.likelihood import WeightedLikelihood
-from guerdon.objectives.preference import AttributeRegression
 from guerdon.optim import AdamW
 from guerdon.policies.lora import LoRA
 from guerdon.randomness import mix

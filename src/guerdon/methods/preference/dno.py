@@ -16,7 +16,8 @@ from guerdon.errors import FeedbackError, UsageError
 from guerdon.experience.datasets import Data, split_rows
 from guerdon.experience.pairs import PairReplay, beside_teacher, pooled, soft_pairs, teacher_wins, win_rates
 from guerdon.feedback.base import Feedback, compare
-from guerdon.objectives.preference import PairwiseObjective, with_reference
+from guerdon.objectives.preference import PairwiseObjective
+from guerdon.objectives.sides import with_reference
 from guerdon.optim import AdamW
 from guerdon.policies.lora import LoRA
 from guerdon.randomness import mix, row_seeds

@@ -12,7 +12,9 @@ from typing import ClassVar, Literal
 from guerdon.evaluation.language import sequence_kl
 from guerdon.experience.datasets import Data, batch_count, cached_reference
 from guerdon.objectives.divergence import FDivergence
-from guerdon.objectives.preference import PairLoss, PairwiseObjective, with_reference
+from guerdon.objectives.pair_losses import PairLoss
+from guerdon.objectives.preference import PairwiseObjective
+from guerdon.objectives.sides import with_reference
 from guerdon.optim import AdamW, RMSprop, Schedule
 from guerdon.policies.lora import LoRA
 from guerdon.randomness import mix, row_seeds

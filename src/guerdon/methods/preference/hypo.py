@@ -15,8 +15,10 @@ from guerdon.errors import UsageError
 from guerdon.experience.datasets import Data, batch_count
 from guerdon.experience.prompts import Prompted
 from guerdon.objectives.hybrid import HybridPreference, PairsAndSamples
-from guerdon.objectives.policy_gradient import ReverseKL
-from guerdon.objectives.preference import PairLoss, PairwiseObjective, with_reference
+from guerdon.objectives.pair_losses import PairLoss
+from guerdon.objectives.preference import PairwiseObjective
+from guerdon.objectives.reverse_kl import ReverseKL
+from guerdon.objectives.sides import with_reference
 from guerdon.optim import AdamW, Schedule
 from guerdon.policies.lora import LoRA
 from guerdon.randomness import mix, row_seeds

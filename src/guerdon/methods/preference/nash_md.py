@@ -16,7 +16,7 @@ from guerdon.errors import UsageError
 from guerdon.experience.prompts import Prompted
 from guerdon.feedback.base import Feedback, compare
 from guerdon.objectives.nash import PreferenceGradient
-from guerdon.objectives.preference import with_reference
+from guerdon.objectives.sides import with_reference
 from guerdon.optim import AdamW, Schedule
 from guerdon.policies.lora import LoRA
 from guerdon.randomness import mix, row_seeds, uniform

@@ -22,7 +22,9 @@ from guerdon.experience.pairs import PairReplay, pooled
 from guerdon.experience.prompts import Prompted
 from guerdon.feedback.base import BothOrders, Feedback, compare
 from guerdon.feedback.preference_model import reward_against
-from guerdon.objectives.preference import PairLoss, PairwiseObjective, with_reference
+from guerdon.objectives.pair_losses import PairLoss
+from guerdon.objectives.preference import PairwiseObjective
+from guerdon.objectives.sides import with_reference
 from guerdon.optim import AdamW
 from guerdon.policies.lora import LoRA
 from guerdon.randomness import mix, row_seeds

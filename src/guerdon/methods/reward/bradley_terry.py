@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from guerdon.experience.datasets import Data, batch_count
-from guerdon.objectives.preference import RewardPairs, both_sides
+from guerdon.objectives.judges import RewardPairs
+from guerdon.objectives.sides import both_sides
 from guerdon.optim import AdamW, Schedule
 from guerdon.policies.lora import LoRA
 from guerdon.roles import Role, RoleSettings

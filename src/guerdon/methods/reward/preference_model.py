@@ -14,7 +14,7 @@ from torch import nn
 from guerdon.errors import UsageError
 from guerdon.experience.datasets import Data, batch_count
 from guerdon.feedback.preference_model import Form, PreferenceModel
-from guerdon.objectives.preference import PairClassifier
+from guerdon.objectives.judges import PairClassifier
 from guerdon.optim import AdamW, Schedule
 from guerdon.policies.language import LanguagePolicy
 from guerdon.policies.lora import LoRA
