@@ -48,6 +48,6 @@ $(VENV)/.lint: pyproject.toml
 
 # the tables of the docs, from results/
 tables:
-	$(BIN)/python -m guerdon.reproductions.tables docs/results.md docs/language.md
+	$(BIN)/python -m guerdon.reproductions.tables docs/results.md docs/language.md docs/matrix.md docs/planner.md
 
 .PHONY: help demo test lint tables

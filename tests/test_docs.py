@@ -39,7 +39,11 @@ def test_every_command_of_the_readme_is_one_that_the_command_line_knows() -> Non
     from guerdon.cli import COMMANDS
 
     text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
-    used = set(re.findall(r"guerdon (train|resume|sample|evaluate|list|tasks|reproduce|bench)\b", text))
+    used = set(
+        re.findall(
+            r"guerdon (train|resume|sample|evaluate|export|list|tasks|reproduce|matrix|plan|bench)\b", text
+        )
+    )
     assert used <= set(COMMANDS)
     for method in re.findall(r"guerdon train (\w+)", text):
         assert catalog.find(method).status == "ready"
@@ -50,3 +54,29 @@ def test_links_and_pictures_of_the_docs_exist() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_tutorial_of_the_matrix_trains_an_image_model() -> None:
+    """Its last block of code, for two rounds; the blocks before it register a row and a column."""
+    from guerdon import matrix
+
+    row, column, cell = _blocks(DOCS / "matrix.md")
+    try:
+        exec(row, {})
+        exec(column, {})
+        assert matrix.run_cell(matrix.ROWS["apo"], matrix.COLUMNS["coin"])["after"] > 0.8
+    finally:
+        matrix.ROWS.pop("apo", None)
+        matrix.COLUMNS.pop("coin", None)
+    assert "ROUNDS = 30" in cell
+    names: dict[str, object] = {}
+    exec(cell.replace("ROUNDS = 30", "ROUNDS = 2"), names)
+    assert names["actor"].updates == 2  # type: ignore[attr-defined]
+    example = (DOCS.parent / "examples" / "cpl_on_a_consistency_model.py").read_text(encoding="utf-8")
+    for line in (
+        "experience.collect(actor, 64",
+        "reference_log_prob=traj.log_prob",
+        "label(traj[0::2], traj[1::2]",
+    ):
+        assert line in cell
+        assert line in example

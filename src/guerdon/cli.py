@@ -393,7 +393,9 @@ class PlanOptions:
     draw: str | None = None  # write the graph of calls to this file (.svg, .png, .pdf)
     actor: str | None = None  # size of the actor (7b, 70b, a config.json): search a plan for a cluster
     critic: str | None = None  # size of critics
-    reward_model: str | None = None  # size of the reward model; a judge without one takes no GPU
+    reward_model: str | None = (
+        None  # size of the model that judges, by default the critic's; none: it takes no GPU
+    )
     cluster: str = "8x8xH100"  # nodes x GPUs x kind, a shipped name, or a .toml file
     batch: int = 512  # answers an iteration
     prompt: int = 1024  # tokens of a prompt

@@ -13,11 +13,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict
@@ -25,124 +24,26 @@ from torch import Tensor, nn
 
 from guerdon.batch import Batch, Trajectories, concatenate, nested
 from guerdon.compiled import FlatUpdate, FlatWeights
-from guerdon.errors import GuerdonError, NonFiniteError, UsageError, nearest
+from guerdon.errors import GuerdonError, NonFiniteError, UsageError
 from guerdon.objectives.base import Metrics, Objective
-from guerdon.optim import Optimiser
+from guerdon.policies import lora
 from guerdon.policies.features import Scaler
+from guerdon.role_parts import (
+    add_figures,
+    add_metrics,
+    add_share,
+    check_adds_up,
+    leaves,
+    mean_metrics,
+    micro_batches,
+    minibatch_rows,
+    nothing_to_learn,
+)
+from guerdon.role_settings import Precision, RoleSettings, equip, recompute
+from guerdon.role_workers import JointUpdate, Shards, Workers, fingerprint, share
 from guerdon.trust_region import natural_step
 
-if TYPE_CHECKING:
-    from guerdon.policies.lora import LoRA
-
-Precision = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True)
-class RoleSettings:
-    """How a role holds and trains its model.
-
-    Args:
-        optimiser: what moves the weights; None for a role that only answers.
-        max_grad_norm: gradients are scaled down to this norm; None leaves them.
-        lora: train low-rank adapters instead of the weights.
-        micro_batch: rows of a batch per forward and backward pass; None takes all at once. The update is
-            the same either way (the parts are weighted by what they count).
-        micro_steps: steps per pass, for policies whose steps are independent.
-        sample_batch: rows per call of the sampler.
-        precision: of the matrix work under autocast; log-probabilities stay float32.
-        compile: True runs the core through ``torch.compile`` (worth it only for long runs). ``"update"`` is
-            for small networks on the CPU: the whole update, optimiser included, becomes one compiled function
-            of flat tensors (`guerdon.compiled`), many times faster than the sum of its operations.
-        checkpoint_activations: recompute activations in the backward pass, where the core knows how
-            (``gradient_checkpointing_enable``).
-        dropout: leave dropout on during updates. Off by default: with it, the ratio of a fresh sample is
-            not 1.
-    """
-
-    optimiser: Optimiser | None = None
-    max_grad_norm: float | None = 1.0
-    lora: LoRA | None = None
-    micro_batch: int | None = None
-    micro_steps: int | None = None
-    sample_batch: int | None = None
-    precision: Precision = "float32"
-    compile: bool | Literal["update"] = False
-    checkpoint_activations: bool = False
-    dropout: bool = False
-
-    def __post_init__(self) -> None:
-        if self.precision not in get_args(Precision):
-            hint = nearest(self.precision, get_args(Precision))
-            raise UsageError(f"unknown precision '{self.precision}'; {hint}")
-        for name in ("micro_batch", "micro_steps", "sample_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; it must be at least 1")
-        if self.compile == "update":
-            for name in ("lora", "micro_batch", "micro_steps"):
-                if getattr(self, name) is not None:
-                    raise UsageError(
-                        f"compile='update' takes whole batches of whole weights; leave out {name}"
-                    )
-            if self.precision != "float32" or self.dropout:
-                raise UsageError("compile='update' works in float32 without dropout")
-
-
-class Workers(Protocol):
-    """The processes that hold one role together, as one of them sees it (`guerdon.engine.parallel.Group`)."""
-
-    rank: int
-    world_size: int
-
-    def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the workers. All call it alike, with tensors of the same shapes."""
-
-    def max(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its element-wise maximum over the workers."""
-
-    def broadcast(self, value: Any, source: int) -> Any:
-        """What the worker ``source`` calls ``value``."""
-
-    def shard(self, model: nn.Module, device: torch.device) -> Shards:
-        """Leave on each worker's ``device`` its part of the weights of ``model.core`` (or ``model``)."""
-
-
-class Shards(Protocol):
-    """A model whose weights are spread over workers (`guerdon.engine.parallel.ShardedModel`).
-
-    Attributes:
-        model: what trains. Its layers gather their weights as they are called inside `run`.
-        parameters: its weights that train, of which each worker holds a part.
-    """
-
-    model: nn.Module
-    parameters: list[nn.Parameter]
-
-    def run(self, function: Callable[[], Any]) -> Any:
-        """``function()``, in which ``model`` may be called. All workers make the same calls of its layers."""
-
-    def whole(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the model that was sharded has its full weights; they do not train. All workers enter alike."""
-
-    def store(self) -> None:
-        """Inside `whole`: take over the weights that the model has there."""
-
-    def norm(self, limit: float | None) -> Tensor:
-        """The norm of the gradient, which is scaled down to ``limit``."""
-
-    def full_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """An optimiser's ``state_dict()`` with full tensors in place of parts, in memory of the CPU."""
-
-    def part_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The inverse of `full_state`: this worker's parts."""
-
-    def follow(self, other: Shards, tau: float) -> bool:
-        """Move towards ``other``, part by part. False where its parts are others."""
-
-
-def share(rows: int, rank: int, world_size: int) -> slice:
-    """The rows of a batch that fall to a worker: one after the other in the order of ranks, as even as can be."""
-    return slice(rank * rows // world_size, (rank + 1) * rows // world_size)
+__all__ = ["Precision", "Role", "RoleSettings", "Shards", "Workers", "add_metrics", "mean_metrics", "share"]
 
 
 class Role:
@@ -183,7 +84,6 @@ class Role:
         self._changed = False
         self._flat: FlatWeights | None = None
         self._whole: FlatUpdate | None = None
-        core = getattr(model, "core", model)
         model.eval()
         model.requires_grad_(False)
         if self.settings.optimiser is None:
@@ -192,25 +92,7 @@ class Role:
             if shard:
                 self._shard()
             return
-        if self.settings.lora is not None:
-            from guerdon.policies import lora
-
-            wanted = self.settings.lora
-            if wanted.targets is None and hasattr(model, "lora_targets"):
-                wanted = replace(wanted, targets=model.lora_targets)  # type: ignore[arg-type]
-            lora.add(core, wanted)
-        else:
-            core.requires_grad_(True)
-        if self.settings.checkpoint_activations:
-            for verb in ("gradient_checkpointing_enable", "enable_gradient_checkpointing"):
-                if hasattr(core, verb):
-                    getattr(core, verb)()
-                    _recompute(core)
-                    break
-            else:
-                raise UsageError(f"{name}: {type(core).__name__} cannot checkpoint activations")
-        if self.settings.compile is True:
-            core.compile()
+        equip(name, model, self.settings)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         if not self._parameters:
             raise UsageError(f"{name}: the model has no weights to train")
@@ -283,17 +165,15 @@ class Role:
     def _answering(self) -> Iterator[Any]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            if self._shards is not None:
-                stack.enter_context(self._shards.whole())
-            if self.settings.precision != "float32":
-                stack.enter_context(self._autocast())
+            stack.enter_context(_gathered([self]))
+            stack.enter_context(self._autocast())
             if self._adapter_off:
-                from guerdon.policies import lora
-
                 stack.enter_context(lora.disabled(self.model.core))  # type: ignore[arg-type]
             yield self.model
 
-    def _autocast(self) -> torch.autocast:
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.settings.precision == "float32":
+            return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.settings.precision))
 
     def sample(
@@ -304,7 +184,7 @@ class Role:
             raise UsageError(f"there is nothing for '{self.name}' to answer: the list of prompts is empty")
         size = self.settings.sample_batch or len(prompts)
         parts = []
-        with self._answering() as model, self._gathered(options.values()):
+        with self._answering() as model, _gathered(options.values()):
             options = {k: v.answerer() if isinstance(v, Role) else v for k, v in options.items()}
             for start in range(0, len(prompts), size):
                 rows = slice(start, start + size)
@@ -318,11 +198,7 @@ class Role:
     def answerer(self) -> Any:
         """This role's model as another role's sampler may call it (an opponent, a reference to mix with): with the
         adapter off where this is the reference of an adapted actor."""
-        if not self._adapter_off:
-            return self.model
-        from guerdon.policies import lora
-
-        return lora.without(self.model)
+        return lora.without(self.model) if self._adapter_off else self.model
 
     def acting(self) -> Any:
         """A function ``(observation, noise) -> {"action": ...}`` on NumPy arrays, with the newest weights whenever it
@@ -343,18 +219,8 @@ class Role:
         """``function(model, batch, **other models)`` without gradient, for figures that no other verb gives."""
         if self.device.type != "cpu":
             batch = batch.to(self.device)
-        with self._answering() as model, self._gathered(others.values()):
+        with self._answering() as model, _gathered(others.values()):
             return function(model, batch, **{name: other.model for name, other in others.items()})
-
-    def _gathered(self, values: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
-        """Inside, those of ``values`` that are sharded roles have their full weights."""
-        sharded = [v._shards for v in values if isinstance(v, Role) and v._shards is not None]
-        if not sharded:
-            return contextlib.nullcontext()
-        stack = contextlib.ExitStack()
-        for shards in sharded:
-            stack.enter_context(shards.whole())
-        return stack
 
     def log_prob(self, traj: Trajectories) -> Tensor:
         """``[B, T]`` log-probability of the stored steps under this role's weights."""
@@ -430,19 +296,19 @@ class Role:
                 )
             return self.fit(batch, objective, **others)  # type: ignore[arg-type]
         if self._optimiser is None:
-            raise UsageError(f"role '{self.name}' has no optimiser, so it cannot be updated")
+            raise self._only_answers()
         settings = self.settings
         models = {name: other.model for name, other in others.items()}
         if self.device.type != "cpu":
             batch = batch.to(self.device)
         self._optimiser.zero_grad(set_to_none=True)
         together = self.group is not None and (isinstance(batch, Batch) or self._shards is not None)
-        parts = [] if together else self._split(batch, objective)
+        parts = [] if together else micro_batches(self.name, self.model, batch, objective, self.settings)
         if settings.dropout:
             self._training.train()
         try:
             if together:
-                with self._gathered(others.values()):
+                with _gathered(others.values()):
                     total_loss, metrics = self._together(batch, objective, models, whole)
             elif len(parts) == 1:
                 loss, metrics = self._forward(batch, objective, models)
@@ -454,7 +320,7 @@ class Role:
             if settings.dropout:
                 self._training.eval()
                 if settings.checkpoint_activations:
-                    _recompute(_core(self._training))
+                    recompute(_core(self._training))
         if self._shards is not None:
             check = self._shards.norm(settings.max_grad_norm)
             if settings.max_grad_norm is not None:
@@ -487,6 +353,9 @@ class Role:
         optimiser = self.settings.optimiser
         assert optimiser is not None
         return optimiser.lr * optimiser.factor(self.updates)
+
+    def _only_answers(self) -> UsageError:
+        return UsageError(f"role '{self.name}' has no optimiser, so it cannot be updated")
 
     def _not_finite(self, loss: Tensor, batch: Any) -> NonFiniteError:
         what = "loss" if not math.isfinite(loss.item()) else "gradient"
@@ -526,13 +395,7 @@ class Role:
         Returns the mean metrics of all updates made, as 0-d tensors. Raises as `update` does.
         """
         rows = data.batch_size[0]
-        size = rows if minibatch is None else min(minibatch, rows)
-        if size < 1:
-            raise UsageError(f"a minibatch holds at least one row, not {size}")
-        if orders is not None and (generator is not None or len(orders) != epochs):
-            raise UsageError(
-                f"fit takes an order for each of its {epochs} passes and no generator, or a generator"
-            )
+        size = minibatch_rows(rows, minibatch, epochs, generator, orders)
         if self._whole is not None:
             one_pass = self._compiled_pass(data, objective, size, generator, others)
         else:
@@ -596,15 +459,15 @@ class Role:
         """A function of the rows' order that makes one pass over ``data`` by whole compiled updates."""
         whole, rows = self._whole, data.batch_size[0]
         assert whole is not None
-        leaves = _leaves(data)
+        tensors = leaves(data)
         template = type(data)
 
-        def rebuild(tensors: dict[tuple[str, ...], Tensor]) -> Any:
-            return template.from_tensordict(nested(tensors))  # type: ignore[attr-defined]
+        def rebuild(some: dict[tuple[str, ...], Tensor]) -> Any:
+            return template.from_tensordict(nested(some))  # type: ignore[attr-defined]
 
         flat = {name: other.flat_weights() for name, other in others.items()}
         try:
-            step: Any = whole.prepare(leaves, rebuild, objective, flat, None if size == rows else size)
+            step: Any = whole.prepare(tensors, rebuild, objective, flat, None if size == rows else size)
         except GuerdonError:
             raise
         except Exception as error:  # whatever tracing or the compiler say
@@ -630,14 +493,7 @@ class Role:
                 figures.append(found)
                 self.updates += 1
             self._moved()
-            total = figures[0]
-            if len(figures) > 1:
-                table = torch.stack(figures)
-                total = table.sum(0)
-                for i, name in enumerate(names, 2):
-                    if name.endswith("_max"):
-                        total[i] = table[:, i].max()
-            loss, norm, *rest = total.unbind()
+            loss, norm, *rest = add_figures(figures, names).unbind()
             metrics: Metrics = {"loss": loss}
             if self.settings.max_grad_norm is not None:
                 metrics["grad_norm"] = norm
@@ -648,25 +504,17 @@ class Role:
 
     def _backward(self, loss: Tensor) -> None:
         if not loss.requires_grad:
-            raise self._nothing_to_learn()
+            raise nothing_to_learn(self.name)
         loss.backward()
-
-    def _nothing_to_learn(self) -> UsageError:
-        return UsageError(
-            f"the loss of '{self.name}' does not depend on its weights: this batch holds no step to learn from"
-        )
 
     def _forward(
         self, part: Any, objective: Objective, models: dict[str, nn.Module]
     ) -> tuple[Tensor, Metrics]:
-        if self._shards is not None:
-            shards = self._shards
-            with self._autocast() if self.settings.precision != "float32" else contextlib.nullcontext():
-                return cast(Any, shards.run(lambda: objective(shards.model, part, **models)))
-        if self.settings.precision == "float32":
-            return objective(self.model, part, **models)
+        model = self._training
         with self._autocast():
-            return objective(self.model, part, **models)
+            if self._shards is not None:
+                return cast(Any, self._shards.run(lambda: objective(model, part, **models)))
+            return objective(model, part, **models)
 
     @property
     def _training(self) -> nn.Module:
@@ -677,7 +525,7 @@ class Role:
     ) -> tuple[Tensor, Metrics]:
         total = objective.weight(batch)
         weights = [objective.weight(part) for part in parts]
-        self._check_adds_up(float(sum(weights)), float(total), objective)
+        check_adds_up(self.name, float(sum(weights)), float(total), objective)
         empty = not total
         total = total.clamp(min=1e-12)
         loss_sum = torch.zeros((), device=self.device)
@@ -685,231 +533,45 @@ class Role:
         for part, weight in zip(parts, weights, strict=True):
             if not weight and not empty:  # padding only: nothing to learn, nothing to count
                 continue
-            share = weight / total
+            portion = weight / total
             loss, metrics = self._forward(part, objective, models)
-            self._backward(loss * share)
-            loss_sum += loss.detach() * share
-            for key, value in metrics.items():
-                if key.endswith("_max"):
-                    sums[key] = torch.maximum(sums[key], value) if key in sums else value
-                else:
-                    sums[key] = sums.get(key, 0.0) + value * share
+            self._backward(loss * portion)
+            loss_sum += loss.detach() * portion
+            add_share(sums, metrics, portion)
         return loss_sum, sums
-
-    def _check_adds_up(self, parts: float, whole: float, objective: Objective, workers: bool = False) -> None:
-        if not math.isclose(parts, whole, rel_tol=1e-4):
-            how = "over workers" if workers else "into micro-batches"
-            remedy = "train it in one worker" if workers else "use a larger micro_batch"
-            raise UsageError(
-                f"'{self.name}': this batch cannot be split {how}, because {type(objective).__name__} "
-                f"compares its rows with one another; {remedy}, or a batch of pairs"
-            )
-
-    # -- learning together -----------------------------------------------------------------------------------
 
     def _together(
         self, batch: Any, objective: Objective, models: dict[str, nn.Module], whole: Tensor | float | None
     ) -> tuple[Tensor, Metrics]:
         """Loss and metrics of the batch of which ``batch`` is this worker's share, and on all workers the gradient of
-        that batch in ``.grad``.
-
-        Two exchanges: what each share weighs, before the backward pass, and the gradients. No worker leaves out one
-        of them, whatever happens to it: it tells the others that it failed.
-        """
-        group = self.group
-        assert group is not None
-        trouble: Exception | None = None
-        parts: list[tuple[Any, float]] = []
-        first: tuple[Tensor, Metrics] | None = None
-        rows = batch.batch_size[0] if isinstance(batch, Batch) else 1
-        try:
-            parts = self._weighed(batch, objective, rows)
-        except Exception as error:
-            trouble = error
-        if self._shards is not None:
-            parts = self._level(batch, parts, rows, trouble)
-        weight = sum(w for _, w in parts)
-        # padding only: nothing to learn, nothing to count. Of sharded layers all workers make the same calls
-        useful = [(part, w) for part, w in parts if w or self._shards is not None]
-        if useful and trouble is None:
-            try:
-                first = self._forward(useful[0][0], objective, models)
-            except Exception as error:
-                trouble = error
-        names = None if first is None else tuple(first[1])
-        mark = 0.0 if names is None else float(zlib.crc32("\n".join(names).encode()))
-        found = _gather(
-            group, [weight, trouble is not None, rows, names is not None, mark, self._mark()], self.device
+        that batch in ``.grad``."""
+        joint = JointUpdate(
+            self.name,
+            self.updates,
+            cast(Workers, self.group),
+            self.device,
+            self._parameters,
+            self._shards,
+            objective,
+            forward=lambda part: self._forward(part, objective, models),
         )
-        weights, failed, counts, named, marks, sums = found.unbind(1)
-        total = float(weights.sum())
-        if trouble is not None:
-            raise trouble
-        self._all_well(failed)
-        if not torch.isclose(sums, sums[0], rtol=1e-9, atol=0.0, equal_nan=True).all():
-            raise UsageError(
-                f"the workers of '{self.name}' have different weights; give all of them the same model or checkpoint"
-            )
+        compared = self._same or self._shards is not None
+        mark = 0.0 if compared else fingerprint(self.model)
+        found = joint.gradient(batch, lambda: self._weighed(batch, objective), whole, mark)
         self._same = True
-        if not counts.any():
-            raise UsageError(f"this batch holds no row for '{self.name}' to learn from")
-        if whole is not None and isinstance(batch, Batch):
-            self._check_adds_up(total, float(whole), objective, workers=True)
-        try:
-            if not total and self._shards is None:  # padding only, everywhere
-                useful = parts[:1]
-                first = self._forward(useful[0][0], objective, models) if useful else None
-                names = None if first is None else tuple(first[1])
-        except Exception as error:
-            trouble = error
-        if not (named.all() and (marks == marks[0]).all()):
-            names = _agree(group, names, self.device)
-        assert names is not None
+        return found
 
-        loss_sum = torch.zeros((), device=self.device)
-        own: Metrics = {}
-        learns = False
-        try:
-            for i, (part, w) in enumerate(useful if trouble is None else []):
-                loss, metrics = (
-                    first if i == 0 and first is not None else self._forward(part, objective, models)
-                )
-                first = None
-                portion = w / max(total, 1e-12)
-                if loss.requires_grad:
-                    (loss * portion).backward()
-                    learns = True
-                loss_sum += loss.detach() * portion
-                for key, value in metrics.items():
-                    if key.endswith("_max"):
-                        if w or not total:
-                            own[key] = torch.maximum(own[key], value) if key in own else value
-                    else:
-                        own[key] = own.get(key, 0.0) + value * portion
-        except Exception as error:
-            trouble = error
-        return self._summed(loss_sum, own, names, learns, trouble)
-
-    def _weighed(self, batch: Any, objective: Objective, rows: int) -> list[tuple[Any, float]]:
+    def _weighed(self, batch: Any, objective: Objective) -> list[tuple[Any, float]]:
         """The parts of this worker's share, each with what it weighs."""
         if not isinstance(batch, Batch):
             return [(batch, 1.0)]
-        if not rows:
+        if not batch.batch_size[0]:
             return []
-        parts = self._split(batch, objective)
+        parts = micro_batches(self.name, self.model, batch, objective, self.settings)
         weights = [float(objective.weight(part)) for part in parts]
         if len(parts) > 1:
-            self._check_adds_up(sum(weights), float(objective.weight(batch)), objective)
+            check_adds_up(self.name, sum(weights), float(objective.weight(batch)), objective)
         return list(zip(parts, weights, strict=True))
-
-    def _level(
-        self, batch: Any, parts: list[tuple[Any, float]], rows: int, trouble: Exception | None
-    ) -> list[tuple[Any, float]]:
-        """As many parts in every worker, since layers that gather their weights are called by all alike: some are passed
-        once more for nothing. A worker without rows borrows one."""
-        group = self.group
-        assert group is not None
-        found = _gather(group, [len(parts), trouble is not None, rows], self.device)
-        if trouble is not None:
-            raise trouble
-        self._all_well(found[:, 1])
-        if not found[:, 2].any():
-            return parts  # refused below, by all
-        if not found[:, 2].all():
-            source = int(found[:, 2].argmax())
-            row = group.broadcast(batch[:1].to("cpu") if group.rank == source else None, source)
-            if not rows:
-                parts = [(row.to(self.device), 0.0)]
-        most = max(1, int(found[:, 0].max()))
-        return parts + [(parts[-1][0], 0.0)] * (most - len(parts))
-
-    def _summed(
-        self, loss: Tensor, own: Metrics, names: tuple[str, ...], learns: bool, trouble: Exception | None
-    ) -> tuple[Tensor, Metrics]:
-        """Sum gradients, losses and metrics over the workers, in one exchange."""
-        group = self.group
-        assert group is not None
-        unknown = [name for name in own if name not in names]
-        if unknown and trouble is None:
-            trouble = UsageError(
-                f"the workers of '{self.name}' do not agree that there is a metric {unknown[0]}"
-            )
-        means = [name for name in names if not name.endswith("_max")]
-        tops = [name for name in names if name.endswith("_max")]
-        zero = torch.zeros((), device=self.device)
-
-        def row(values: Sequence[Tensor | float]) -> Tensor:
-            if not values:
-                return torch.zeros(0, device=self.device)
-            return torch.stack([zero + (v if isinstance(v, float) else v.detach().to(zero)) for v in values])
-
-        table = torch.zeros(group.world_size, len(tops), device=self.device)
-        table[group.rank] = row([own.get(name, -math.inf) for name in tops])
-        gradients: list[Tensor] = []
-        if self._shards is None:
-            gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
-        there = torch.tensor([float(p.grad is not None) for p in self._parameters], device=self.device)
-        flags = torch.zeros(group.world_size, 2, device=self.device)
-        flags[group.rank] = torch.tensor([float(trouble is not None), float(learns)])
-        pieces = [loss.float().reshape(1), flags.reshape(-1), row([own.get(n, 0.0) for n in means])]
-        pieces += [table.reshape(-1), there]
-        figures = torch.cat(pieces)
-        group.sum([*gradients, figures])
-        loss_, flags, mean, table, there = figures.split([len(piece) for piece in pieces])
-        failed, learned = flags.view(-1, 2).unbind(1)
-        if trouble is not None or failed.any() or not learned.any():
-            cast(Any, self._optimiser).zero_grad(set_to_none=True)
-            if trouble is not None:
-                raise trouble
-            self._all_well(failed)
-            raise self._nothing_to_learn()
-        if self._shards is None:
-            # a weight that no worker's loss depends on has no gradient, as in one process
-            for p, gradient, count in zip(self._parameters, gradients, there.tolist(), strict=True):
-                p.grad = gradient if count else None
-        summed = dict(zip(means, mean.unbind(), strict=True))
-        summed |= zip(tops, table.view(-1, len(tops)).amax(0).unbind() if tops else (), strict=True)
-        return loss_.squeeze(0), {name: summed[name] for name in names}
-
-    def _all_well(self, failed: Tensor) -> None:
-        """Raise `GuerdonError` where another worker has failed."""
-        if failed.any():
-            raise GuerdonError(
-                f"worker {int(failed.argmax())} could not make update {self.updates} of '{self.name}'; its own message "
-                "says why"
-            )
-
-    def _mark(self) -> float:
-        """A number by which workers see, once, whether their weights are the same."""
-        if self._same or self._shards is not None:
-            return 0.0
-        norms = [
-            torch.linalg.vector_norm(p.detach(), 1, dtype=torch.float64) for p in self.model.parameters()
-        ]
-        return float(torch.stack(norms).sum())
-
-    def _split(self, batch: Any, objective: Objective) -> list[Any]:
-        rows, steps = self.settings.micro_batch, self.settings.micro_steps
-        if not isinstance(batch, Batch) or (rows is None and steps is None):
-            return [batch]
-        parts: list[Any] = (
-            [batch] if rows is None or rows >= batch.batch_size[0] else list(batch.minibatches(rows))
-        )
-        if steps is None or not isinstance(batch, Trajectories) or steps >= batch.steps:
-            return parts
-        if not getattr(self.model, "markov", False):
-            raise UsageError(
-                f"'{self.name}': the steps of {type(self.model).__name__} cannot be split (micro_steps)"
-            )
-        if getattr(objective, "reduction", None) not in ("step", "constant"):
-            raise UsageError(
-                "micro_steps needs an objective that treats steps apart (reduction 'step' or 'constant')"
-            )
-        return [
-            part.select_steps(start, start + steps)
-            for part in parts
-            for start in range(0, batch.steps, steps)
-        ]
 
     # -- relatives -----------------------------------------------------------------------------------------
 
@@ -920,7 +582,7 @@ class Role:
         weights are copied. Otherwise the learning part is copied and the rest (text encoder, VAE) shared.
         A copy that is not frozen gets a fresh optimiser of the same kind.
         """
-        name = name or (f"{self.name}_reference" if frozen else f"{self.name}_copy")
+        name = name or self._name_of_copy(frozen)
         if frozen and self.settings.lora is not None and self.updates == 0 and not self._changed:
             twin = object.__new__(type(self))
             twin.__dict__.update(self.__dict__)
@@ -933,37 +595,34 @@ class Role:
         # running statistics of observations are shared: a reference sees the same inputs as the role it was taken from
         memo |= {id(m): m for m in self.model.modules() if isinstance(m, Scaler)}
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
-        with self._gathered([self]):
+        with _gathered([self]):
             model = copy.deepcopy(self.model, memo)
         twin = Role.__new__(Role)
         twin.__dict__.update(self.__dict__)
         twin.name, twin.model, twin.updates = name, model, 0
-        twin._flat = twin._whole = None
+        twin._flat = twin._whole = twin._optimiser = None
+        twin._parameters = []
         if frozen:
             model.requires_grad_(False)
             for parameter, flag in flags:  # shared ones keep their state
                 parameter.requires_grad_(flag)
             twin.settings = replace(self.settings, optimiser=None)
-            twin._parameters, twin._optimiser = [], None
-            if self._shards is not None:
-                twin._shard()
-        elif self._shards is not None:
-            trained = self._shards.model.named_parameters()
-            for parameter, (_, other) in zip(model.parameters(), trained, strict=True):
-                parameter.requires_grad_(other.requires_grad)
-            twin._parameters = [p for p in model.parameters() if p.requires_grad]
-            twin._shard()
-            twin._optimiser = None
-            if self.settings.optimiser:
-                twin._build_optimiser()
         else:
+            if self._shards is not None:
+                trained = self._shards.model.named_parameters()
+                for parameter, (_, other) in zip(model.parameters(), trained, strict=True):
+                    parameter.requires_grad_(other.requires_grad)
             twin._parameters = [p for p in model.parameters() if p.requires_grad]
-            twin._optimiser = None
-            if self.settings.optimiser:
-                twin._build_optimiser()
+        if self._shards is not None:
+            twin._shard()
+        if twin.settings.optimiser:
+            twin._build_optimiser()
         # its weights are not the initial ones: a checkpoint must hold them, and its own frozen copies too
         twin._changed = self._changed or self.updates > 0
         return twin
+
+    def _name_of_copy(self, frozen: bool) -> str:
+        return f"{self.name}_reference" if frozen else f"{self.name}_copy"
 
     def follow(self, other: Role, tau: float) -> None:
         """Move this role's weights towards ``other``'s: ``w <- w + tau (w_other - w)``; buffers are copied.
@@ -972,40 +631,15 @@ class Role:
             raise UsageError(
                 f"'{self.name}' is '{other.name}' with its adapter off; it cannot follow another role"
             )
-        if self._shards is not None or other._shards is not None:
-            self._follow_shards(other, tau)
-            return
-        if self._flat is not None and other._flat is not None:
-            with torch.no_grad():  # one operation instead of one for each weight
-                self._flat.flat.lerp_(other._flat.flat, tau)
-                for m, t in zip(self._flat.buffers(), other._flat.buffers(), strict=True):
-                    if m is not t:
-                        m.copy_(t)
-            self._changed = True
-            self._moved()
-            return
         with torch.no_grad():
-            self._blend(other, tau)
-        self._changed = True
-        self._moved()
-
-    def _blend(self, other: Role, tau: float) -> None:
-        mine, theirs = list(_core(self.model).parameters()), list(_core(other.model).parameters())
-        pairs = [(m, t) for m, t in zip(mine, theirs, strict=True) if m is not t]
-        if pairs:
-            torch._foreach_lerp_([m for m, _ in pairs], [t for _, t in pairs], tau)
-        for m, t in zip(_core(self.model).buffers(), _core(other.model).buffers(), strict=True):
-            if m is not t:
-                m.copy_(t)
-
-    @torch.no_grad()
-    def _follow_shards(self, other: Role, tau: float) -> None:
-        both = self._shards is not None and other._shards is not None
-        if not (both and self._shards.follow(other._shards, tau)):  # type: ignore[union-attr,arg-type]
-            with self._gathered([self, other]):
-                self._blend(other, tau)
-                if self._shards is not None:
-                    self._shards.store()
+            if self._flat is not None and other._flat is not None:
+                self._flat.flat.lerp_(other._flat.flat, tau)  # one operation instead of one for each weight
+                _copy_each(self._flat.buffers(), other._flat.buffers())
+            elif self._shards is None or other._shards is None or not self._shards.follow(other._shards, tau):
+                with _gathered([self, other]):
+                    _blend(_core(self.model), _core(other.model), tau)
+                    if self._shards is not None:
+                        self._shards.store()
         self._changed = True
         self._moved()
 
@@ -1021,10 +655,8 @@ class Role:
         initial weights is made again by the method and stores nothing."""
         if self._optimiser is None and self._whole is None and not self._changed:
             return {"updates": self.updates, "weights": None, "optimiser": None}
-        with self._gathered([self]):
+        with _gathered([self]):
             if self.settings.lora is not None:
-                from guerdon.policies import lora
-
                 weights = lora.adapter_state_dict(_core(self.model))
             else:
                 weights = _core(self.model).state_dict()
@@ -1042,10 +674,8 @@ class Role:
         self.updates = state["updates"]
         self._same = False
         if state["weights"] is not None:
-            with self._gathered([self]):
+            with _gathered([self]):
                 if self.settings.lora is not None:
-                    from guerdon.policies import lora
-
                     lora.load_adapter_state_dict(_core(self.model), state["weights"])
                 else:
                     _core(self.model).load_state_dict(state["weights"])
@@ -1063,7 +693,7 @@ class Role:
 
     def save(self, folder: str | Path) -> None:
         """Write the model in its ecosystem's format (`Policy.save_pretrained`). Sharded, the first worker writes."""
-        with self._gathered([self]):
+        with _gathered([self]):
             if self._shards is None or cast(Workers, self.group).rank == 0:
                 self.model.save_pretrained(folder)  # type: ignore[operator]
 
@@ -1092,75 +722,28 @@ class Role:
             cast(FlatUpdate, self._whole).state = held
 
 
-def _recompute(core: nn.Module) -> None:
-    """transformers' layers recompute only while they are training, which a role's models are not (their dropout stays
-    off): tell those layers alone, not what is in them."""
-    for module in core.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module.training = True
-
-
 def _core(model: nn.Module) -> nn.Module:
     return getattr(model, "core", model)
 
 
-# --- what workers tell one another ------------------------------------------------------------------------
+def _gathered(values: Iterable[Any]) -> contextlib.ExitStack:
+    """Inside, those of ``values`` that are sharded roles have their full weights."""
+    stack = contextlib.ExitStack()
+    for value in values:
+        if isinstance(value, Role) and value._shards is not None:
+            stack.enter_context(value._shards.whole())
+    return stack
 
 
-def _gather(group: Workers, numbers: Sequence[float], device: torch.device) -> Tensor:
-    """``[W, K]`` float64 on the CPU: the K numbers of each worker."""
-    table = torch.zeros(group.world_size, len(numbers), dtype=torch.float64)
-    table[group.rank] = torch.tensor([float(n) for n in numbers], dtype=torch.float64)
-    if device.type != "cpu":
-        table = table.to(device)
-    group.sum([table])
-    return table.cpu()
+def _blend(mine: nn.Module, theirs: nn.Module, tau: float) -> None:
+    pairs = zip(mine.parameters(), theirs.parameters(), strict=True)
+    apart = [(m, t) for m, t in pairs if m is not t]
+    if apart:
+        torch._foreach_lerp_([m for m, _ in apart], [t for _, t in apart], tau)
+    _copy_each(mine.buffers(), theirs.buffers())
 
 
-def _agree(group: Workers, names: tuple[str, ...] | None, device: torch.device) -> tuple[str, ...]:
-    """The names of all workers: those of the first that has some, then what others add."""
-    text = torch.tensor(list("\n".join(names or ()).encode()), dtype=torch.int32, device=device)
-    length = torch.tensor([text.numel()], dtype=torch.int32, device=device)
-    group.max([length])
-    table = torch.zeros(group.world_size, int(length), dtype=torch.int32, device=device)
-    table[group.rank, : text.numel()] = text
-    group.sum([table])
-    lines = [bytes(row).rstrip(b"\0").decode() for row in table.tolist()]
-    return tuple(dict.fromkeys(name for line in lines for name in line.split("\n") if name))
-
-
-# --- metrics and leaves -----------------------------------------------------------------------------------
-
-
-def add_metrics(sums: Metrics, metrics: Metrics) -> None:
-    """Sum up metrics; of those called ``..._max`` keep the largest."""
-    for name, value in metrics.items():
-        if name not in sums:
-            sums[name] = value
-        elif name.endswith("_max"):
-            sums[name] = torch.maximum(sums[name], value)
-        else:
-            sums[name] = sums[name] + value
-
-
-def mean_metrics(sums: Metrics, count: int) -> Metrics:
-    return {name: v if name.endswith("_max") else v / max(count, 1) for name, v in sums.items()}
-
-
-_UNREAD = {"outputs", "group", "version", "index"}  # what judges and books read, objectives do not
-
-
-def _leaves(data: Batch) -> dict[tuple[str, ...], Tensor]:
-    """The tensors of a batch that an objective may read, by nested name."""
-    leaves: dict[tuple[str, ...], Tensor] = {}
-
-    def walk(prefix: tuple[str, ...], node: Any) -> None:
-        for name, value in node.items():
-            if isinstance(value, Tensor):
-                leaves[(*prefix, name)] = value
-            elif value is not None and (prefix or name not in _UNREAD):
-                walk((*prefix, name), value)
-
-    walk((), data._tensordict)  # type: ignore[attr-defined]
-    # compiled functions know one layout: an expanded tensor (one deviation for all rows) would be read beyond its end
-    return {name: leaf.contiguous() for name, leaf in leaves.items() if name[0] not in _UNREAD}
+def _copy_each(mine: Iterable[Tensor], theirs: Iterable[Tensor]) -> None:
+    for m, t in zip(mine, theirs, strict=True):
+        if m is not t:
+            m.copy_(t)

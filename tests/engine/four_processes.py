@@ -18,7 +18,7 @@ LIMIT = 420  # seconds until processes that do not end are killed
 
 # what is imported once, not in each process
 PRELOAD = [
-    "guerdon.engine.sharded",
+    "guerdon.engine.pipelines",
     "torch._dynamo",  # which the first optimiser imports
     *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama", "qwen2", "qwen3")),
 ]
@@ -41,7 +41,7 @@ def run(checks: Callable[[], dict[str, Callable[[], Any]]], folder: Path, world:
     """Run the checks one after the other in ``world`` processes that can talk to each other."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["guerdon.engine.sharded"]
+        ["guerdon.engine.pipelines"]
     )  # so that torch is imported once, not ``world`` times
     before = {name: os.environ.get(name) for name in ("GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS")}
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}

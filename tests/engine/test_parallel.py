@@ -28,8 +28,9 @@ from guerdon.engine import parallel
 from guerdon.errors import GuerdonError, NonFiniteError, UsageError
 from guerdon.objectives.action_value import SoftBellman, SoftImprovement
 from guerdon.objectives.policy_gradient import ClippedSurrogate
-from guerdon.objectives.preference import PairwiseObjective, with_reference
+from guerdon.objectives.preference import PairwiseObjective
 from guerdon.objectives.reward_difference import RewardDifference
+from guerdon.objectives.sides import with_reference
 from guerdon.objectives.value import ValueRegression
 from guerdon.optim import SGD, Adam, AdamW
 from guerdon.policies.language import LanguagePolicy

@@ -13,20 +13,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from four_processes import Answers, run
+from small_models import QKV, SIZE, even_model, numbers, real_model, size_of
 from torch import Tensor
 
 from guerdon.engine.protocols import Layout
-from guerdon.engine.reallocation import Mesh, Reallocation, plan_broadcasts, received
-from guerdon.engine.reshard import (
+from guerdon.engine.reshard import GenerationLayout, HybridEngine, account, formula
+from guerdon.engine.shards import (
     WHOLE,
-    GenerationLayout,
     Groups,
-    HybridEngine,
     Parameter,
     Share,
     Store,
-    account,
-    formula,
     holding,
     join,
     layers_of,
@@ -35,51 +32,6 @@ from guerdon.engine.reshard import (
     take,
 )
 from guerdon.errors import ShapeError, UsageError
-
-HEADS, KV, SIZE, WIDTH, INNER = 8, 4, 2, 16, 24
-QKV = (HEADS * SIZE, KV * SIZE, KV * SIZE)
-
-
-def even_model(layers: int = 4) -> list[Parameter]:
-    """A model of which every rank of any layout holds the same number of bytes: the case of the table's formulas."""
-    found = [
-        Parameter("embed", (32, WIDTH), "first", 0),
-        Parameter("head", (32, WIDTH), "last", 0),
-    ]
-    for n in range(layers):
-        found += [
-            Parameter(f"{n}.qkv", (sum(QKV), WIDTH), n, 0, QKV, SIZE),
-            Parameter(f"{n}.out", (WIDTH, HEADS * SIZE), n, 1, (), SIZE),
-            Parameter(f"{n}.gate_up", (2 * INNER, WIDTH), n, 0, (INNER, INNER)),
-            Parameter(f"{n}.down", (WIDTH, INNER), n, 1),
-        ]
-    return found
-
-
-def real_model() -> list[Parameter]:
-    """Three blocks, norms and biases that are not split, a vocabulary that nothing divides."""
-    found = [
-        Parameter("embed", (37, WIDTH), "first", 0),
-        Parameter("norm", (WIDTH,), "last"),
-        Parameter("head", (37, WIDTH), "last", 0),
-    ]
-    for p in even_model(3)[2:]:
-        found.append(p)
-        if p.name.endswith(("qkv", "gate_up")):
-            found.append(Parameter(p.name + ".bias", p.shape[:1], p.layer, 0, p.parts, p.unit))
-        else:
-            found.append(Parameter(p.name + ".bias", (WIDTH,), p.layer))
-    return found
-
-
-def numbers(parameters: list[Parameter], seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {p.name: torch.randn(p.shape, generator=generator) for p in parameters}
-
-
-def size_of(parameters: list[Parameter]) -> int:
-    return sum(p.bytes_of(WHOLE) for p in parameters)
-
 
 MODELS = {"even": even_model, "real": real_model}
 CASES = [  # training layout, generation's pp and tp
@@ -93,12 +45,6 @@ CASES = [  # training layout, generation's pp and tp
     (Layout(dp=2, pp=2), 1, 1),
 ]
 ENGINES = ["hybridflow", "vanilla", "zero"]
-LAYOUTS = [  # (pp, tp, dp)
-    Layout(pp=pp, tp=tp, dp=dp)
-    for pp, tp, dp in [(1, 1, 4), (1, 2, 2), (2, 1, 2), (2, 2, 1), (1, 4, 1), (4, 1, 1)]
-]
-
-
 # --- in four processes --------------------------------------------------------------------------------------
 
 
@@ -173,52 +119,6 @@ def answers_come_back(train: Layout, pp: int, tp: int) -> dict[str, Any]:
     return found
 
 
-def reallocations() -> list[dict[str, Any]]:
-    parameters, rank = real_model(), dist.get_rank()
-    parameters = [*parameters, *even_model(4)[-4:]]  # four blocks, for four stages
-    weights, found = numbers(parameters), []
-    pairs = [(Mesh(a), Mesh(b)) for a, b in product(LAYOUTS, LAYOUTS)]
-    pairs += [
-        (Mesh(Layout(dp=1, tp=2), (0, 1)), Mesh(Layout(dp=2), (2, 3))),
-        (Mesh(Layout(dp=2), (3, 1)), Mesh(Layout(dp=1, pp=2), (1, 0))),
-        (Mesh(Layout(dp=1), (2,)), Mesh(Layout(dp=4))),
-    ]
-    for source, target in pairs:
-        held = source.holding(parameters, rank)
-        shards = {name: take(weights[name], p, s).clone() for name, (p, s) in held.items()}
-        move = Reallocation(parameters, source, target, ranks_per_node=2, groups=GROUPS)
-        new = move.run(shards)
-        wanted = target.holding(parameters, rank)
-        right = new.keys() == wanted.keys() and all(
-            torch.equal(new[name], take(weights[name], p, s)) for name, (p, s) in wanted.items()
-        )
-        same = all(torch.equal(shards[name], take(weights[name], p, s)) for name, (p, s) in held.items())
-        missing = sum(
-            p.bytes_of(s) - p.common(s, held[name][1] if name in held else None)
-            for name, (p, s) in wanted.items()
-        )
-        found.append(
-            {
-                "right": right and same,
-                "bytes": (move.received, received(move.plan, rank), missing),
-                "plan": [(m.sender, m.receivers, m.bytes) for m in move.plan],
-            }
-        )
-    return found
-
-
-def moving_average() -> bool:
-    parameters, rank, eta = even_model(), dist.get_rank(), 0.3
-    new, old = numbers(parameters, 1), numbers(parameters, 2)
-    source, target = Mesh(Layout(dp=1, pp=2, tp=2)), Mesh(Layout(dp=2, tp=2))
-    shards = {n: take(new[n], p, s).clone() for n, (p, s) in source.holding(parameters, rank).items()}
-    wanted = target.holding(parameters, rank)
-    reference = {n: take(old[n], p, s).clone() for n, (p, s) in wanted.items()}
-    Reallocation(parameters, source, target, groups=GROUPS).run(shards, reference, eta)
-    direct = {n: eta * new[n] + (1 - eta) * old[n] for n in new}
-    return all(torch.equal(reference[n], take(direct[n], p, s)) for n, (p, s) in wanted.items())
-
-
 def checks() -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = {
         f"{model} {engine} {case}": partial(transition, model, engine, *CASES[case])
@@ -229,8 +129,6 @@ def checks() -> dict[str, Callable[[], Any]]:
         "answers t4": lambda: answers_come_back(Layout(dp=1, tp=4), 1, 2),
         "answers d2": lambda: answers_come_back(Layout(dp=2, tp=2), 1, 1),
         "answers p2": lambda: answers_come_back(Layout(dp=1, pp=2, tp=2), 1, 1),
-        "reallocations": reallocations,
-        "average": moving_average,
     }
 
 
@@ -307,22 +205,6 @@ def test_responses_come_back_to_every_rank_of_a_training_replica(answers: Answer
     assert [a["rows"].tolist() for a in d2] == [[0], [1, 2], [3, 4], [5, 6]]
     assert [a["reward"].tolist() for a in d2] == [[0, 1, 2], [0, 1, 2], [3, 4, 5, 6], [3, 4, 5, 6]]
     assert [a["reward"].tolist() for a in answers["answers p2"]] == [list(range(7))] * 4
-
-
-def test_reallocation_between_any_two_layouts(answers: Answers) -> None:
-    found = answers["reallocations"]
-    assert len(found[0]) == 36 + 3
-    for pair in range(len(found[0])):
-        for rank in range(4):
-            assert found[rank][pair]["right"]
-            measured, foretold, missing = found[rank][pair]["bytes"]
-            assert measured == foretold == missing  # no more than what is not there yet
-            assert found[rank][pair]["plan"] == found[0][pair]["plan"]
-        assert all(sender not in receivers for sender, receivers, _ in found[0][pair]["plan"])
-
-
-def test_reallocation_to_a_moving_average(answers: Answers) -> None:
-    assert all(answers["average"])
 
 
 # --- on paper -----------------------------------------------------------------------------------------------
@@ -427,26 +309,6 @@ def test_stages_hold_every_weight_once_and_coarser_ones_consist_of_finer_ones() 
     assert all(stage_of(p, 4, 4) // 2 == stage_of(p, 4, 2) for p in four)
 
 
-def test_plan_keeps_to_the_node_where_it_can_and_spreads_the_work() -> None:
-    model = even_model()
-    size = size_of(model)
-    # tp 2 twice, on two nodes of two; now whole on every rank
-    plan = plan_broadcasts(model, Mesh(Layout(dp=2, tp=2)), Mesh(Layout(dp=4)), ranks_per_node=2)
-    assert all(m.sender // 2 == receiver // 2 for m in plan for receiver in m.receivers)
-    assert [received(plan, r) for r in range(4)] == [size // 2] * 4
-    # on another node: one message a piece, and both holders send
-    away = plan_broadcasts(
-        model, Mesh(Layout(dp=2, pp=2), (0, 2, 1, 3)), Mesh(Layout(dp=2), (4, 5)), ranks_per_node=2
-    )
-    assert {m.receivers for m in away} == {(4, 5)}
-    assert len({m.sender // 2 for m in away}) == 2
-    assert [received(away, r) for r in (4, 5)] == [size, size]
-    # a rank that goes on holding its piece sends it
-    stay = plan_broadcasts(model, Mesh(Layout(dp=2), (0, 1)), Mesh(Layout(dp=3), (1, 2, 3)))
-    assert {m.sender for m in stay} == {1}
-    assert not plan_broadcasts(model, Mesh(Layout(dp=4)), Mesh(Layout(dp=1, tp=4)))
-
-
 def test_what_cannot_be_split_is_refused() -> None:
     with pytest.raises(UsageError, match="divides 4"):
         account(even_model(), Layout(dp=1, tp=8), 1, 1, "hybridflow", 0)
@@ -458,10 +320,6 @@ def test_what_cannot_be_split_is_refused() -> None:
         GenerationLayout(Layout(dp=1, tp=4), tp=3)
     with pytest.raises(UsageError, match="hybridflow"):
         formula("hybridflw", 4, Layout(dp=1), 1, 1)
-    with pytest.raises(UsageError, match="one must divide the other"):
-        plan_broadcasts(even_model(), Mesh(Layout(dp=1, tp=2)), Mesh(Layout(dp=1, tp=3)))
-    with pytest.raises(UsageError, match="different ranks"):
-        Mesh(Layout(dp=2), (1, 1))
     with pytest.raises(ShapeError, match="do not add up"):
         Parameter("qkv", (9, 2), 0, 0, (4, 4)).widths(WHOLE)
     mixed = [Parameter("a", (2,), 0), Parameter("b", (2,), 0, dtype=torch.float16)]

@@ -13,9 +13,11 @@ from four_processes import Answers, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from guerdon.engine.pipelines import ShardedActor, log_prob
 from guerdon.engine.protocols import Layout
-from guerdon.engine.reshard import account, take
-from guerdon.engine.sharded import ShardedActor, describe, log_prob
+from guerdon.engine.reshard import account
+from guerdon.engine.sharded import describe
+from guerdon.engine.shards import take
 from guerdon.errors import UsageError
 from guerdon.policies.generation import generate
 
@@ -117,7 +119,7 @@ def training(name: str, layout: Layout) -> dict[str, Any]:
         expected.backward()
         value = actor.forward_backward(parts, loss)
         gradients = {n: p.grad for n, p in model.named_parameters()}
-        shares = actor.holding()
+        shares = actor.held
         expected_shards = {n: take(gradients[n], p, s) for n, (p, s) in shares.items()}
         found["gradients"].append(apart({n: w.grad for n, w in actor.weights.items()}, expected_shards))
         found["losses"].append(abs(value - expected).item())

@@ -22,23 +22,18 @@ from guerdon.errors import DataError, UsageError
 from guerdon.experience import conventions
 from guerdon.experience.datasets import (
     Data,
-    Groups,
     InMemory,
-    Rescored,
-    Subset,
     TextCompletions,
     TextPreferences,
     batch_order,
-    cached_reference,
     load_demonstrations,
     load_preferences,
     load_prompts,
     load_rated,
-    split_rows,
-    train_test_split,
 )
 from guerdon.experience.rows import Rows, read_rows
 from guerdon.experience.tokenised import DEFAULT_MAX_LENGTH, Words
+from guerdon.experience.views import Groups, Rescored, Subset, cached_reference, split_rows, train_test_split
 from guerdon.objectives.likelihood import WeightedLikelihood
 from guerdon.objectives.sides import with_reference
 from guerdon.optim import Adam

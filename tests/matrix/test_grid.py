@@ -156,6 +156,13 @@ def test_the_grid_resumes_where_it_was(tmp_path):
     assert len(grid.read_store(store)) == 4  # nothing was appended to the line that was cut off
 
 
+def test_cells_side_by_side_are_those_of_one_process(tmp_path):
+    alone = grid.run_grid(["dpo"], ["table"], [0], tmp_path / "one.jsonl")
+    beside = grid.run_grid(["dpo"], ["table"], [0], tmp_path / "two.jsonl", jobs=2)
+    for a, b in zip(alone, beside, strict=True):
+        assert a | {"seconds": 0} == b | {"seconds": 0}
+
+
 def test_other_settings_are_measured_again(tmp_path, registered):
     from dataclasses import replace
 

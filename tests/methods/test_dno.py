@@ -15,7 +15,8 @@ from guerdon.batch import Trajectories
 from guerdon.dynamics import games
 from guerdon.engine.local import LocalEngine
 from guerdon.errors import FeedbackError, UsageError
-from guerdon.experience.datasets import InMemory, split_rows
+from guerdon.experience.datasets import InMemory
+from guerdon.experience.views import split_rows
 from guerdon.feedback.teachers import MatrixOracle
 from guerdon.methods.preference.dno import DNO
 from guerdon.policies.base import Policy

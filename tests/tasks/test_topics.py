@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from guerdon.errors import UsageError
-from guerdon.objectives.preference import AttributeRegression
+from guerdon.objectives.judges import AttributeRegression
 from guerdon.optim import AdamW
 from guerdon.roles import Role, RoleSettings
 from guerdon.tasks import topics

@@ -32,6 +32,7 @@ class ClusterSpec:
         collective_us, small_collective_us: start of a large collective, and of one while decoding, microseconds.
         launch_us, decode_launch_us: start of one layer's kernels, and the same while decoding, microseconds.
         reallocation_ms: start of moving a model's weights to another layout, milliseconds.
+        host_gb_s: bandwidth between a GPU and the host's memory, GB/s: how fast offloaded weights come back.
 
     Raises `UsageError` for a value of the wrong type or out of range, naming the field.
     """
@@ -53,6 +54,7 @@ class ClusterSpec:
     launch_us: float = 25.0
     decode_launch_us: float = 8.0
     reallocation_ms: float = 30.0
+    host_gb_s: float = 25.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -123,6 +125,48 @@ class ClusterSpec:
         if size <= 1:
             return 0.0
         return (size - 1) / size * bytes_ / self.bandwidth(size, stride) + self.collective_us * 1e-6
+
+    # --- this machine -----------------------------------------------------------------------------------
+
+    @staticmethod
+    def measure(processes: int, device: str = "cpu", threads: int = 1) -> ClusterSpec:
+        """This machine as a node of ``processes`` workers, measured: seconds, a few.
+
+        Args:
+            processes: that measure at the same time, over gloo (CPU) or NCCL (GPUs, one each).
+            device: "cpu" or "cuda".
+            threads: of each process on the CPU.
+
+        Efficiencies are 1, because the rates are those that were reached. A single process has no bandwidth to others: it gets
+        that of its memory.
+        """
+        if processes < 1 or threads < 1:
+            raise UsageError(
+                f"cannot measure {processes} processes with {threads} threads; at least 1 of each"
+            )
+        from guerdon.engine.meter import measure
+
+        found = measure(processes, device, threads)
+        bus = found.get("bus", found["bandwidth"]) / 1e9
+        start = found.get("start", 0.0) * 1e6
+        return ClusterSpec(
+            f"measured ({processes} {device} processes)",
+            nodes=1,
+            gpus_per_node=processes,
+            memory_gib=found["memory"] / 2**30,
+            tflops=found["flops"] / 1e12,
+            memory_tb_s=found["bandwidth"] / 1e12,
+            intra_node_gb_s=bus,
+            inter_node_gb_s=bus,
+            compute_efficiency=1.0,
+            memory_efficiency=1.0,
+            collective_us=start,
+            small_collective_us=start,
+            launch_us=found["launch"] * 1e6,
+            decode_launch_us=found["launch"] * 1e6,
+            reallocation_ms=found.get("moving", 0.0) * 1e3,
+            host_gb_s=found["host"] / 1e9,
+        )
 
     # --- files ------------------------------------------------------------------------------------------
 

@@ -9,186 +9,16 @@ promises no seconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from guerdon.engine.cluster import ClusterSpec
 from guerdon.engine.protocols import Layout
 from guerdon.engine.reshard import formula
-from guerdon.errors import UsageError, nearest
+from guerdon.engine.shapes import GiB, ModelShape, Workload, brief, layouts_of
+from guerdon.errors import UsageError
 
-GiB = 2**30
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a dense transformer.
-
-    Args:
-        name: for reports.
-        hidden, intermediate: width of the residual stream, and inside the feed-forward part.
-        layers, vocabulary: numbers of layers and of tokens.
-        heads, kv_heads: attention heads, and heads of keys and values (fewer with grouped queries).
-        head_width: features a head; None: ``hidden / heads``.
-        gated: whether the feed-forward part has a gate (three matrices a layer instead of two).
-        tied: whether the embedding is also the output layer.
-        scalar: whether one number comes out instead of a distribution over tokens (critics and reward models).
-    """
-
-    name: str
-    hidden: int
-    intermediate: int
-    layers: int
-    vocabulary: int
-    heads: int
-    kv_heads: int
-    head_width: int | None = None
-    gated: bool = True
-    tied: bool = False
-    scalar: bool = False
-
-    @property
-    def attention_width(self) -> int:
-        """Features of all heads together."""
-        return self.heads * (self.head_width or self.hidden // self.heads)
-
-    @property
-    def kv_width(self) -> int:
-        """Features of all key heads together, and of all value heads."""
-        return self.attention_width * self.kv_heads // self.heads
-
-    @property
-    def layer_parameters(self) -> int:
-        """Weights of the matrices of one layer: 4h^2 + 3hi where every head has its own keys and values."""
-        h = self.hidden
-        return (
-            2 * h * self.attention_width
-            + 2 * h * self.kv_width
-            + (3 if self.gated else 2) * h * self.intermediate
-        )
-
-    @property
-    def head_parameters(self) -> int:
-        """Weights of the output layer that are multiplied for a token."""
-        return self.hidden if self.scalar else self.hidden * self.vocabulary
-
-    @property
-    def parameters(self) -> int:
-        """Weights altogether: layers, embedding, output layer."""
-        head = 0 if self.tied and not self.scalar else self.head_parameters
-        return self.layers * self.layer_parameters + self.hidden * self.vocabulary + head
-
-    def as_scalar(self) -> ModelShape:
-        """The same transformer with one number as output."""
-        return replace(self, scalar=True)
-
-    @staticmethod
-    def named(name: str) -> ModelShape:
-        """ "7B", "13B", "34B" or "70B": Llama 2 and Code Llama. Raises `UsageError` for another name."""
-        key = name.upper().removeprefix("LLAMA").lstrip("-2 ")
-        if key not in _LLAMA:
-            raise UsageError(f"no model shape is called '{name}'; {nearest(name, _LLAMA)}")
-        hidden, intermediate, layers, heads, kv_heads = _LLAMA[key]
-        return ModelShape(key, hidden, intermediate, layers, 32000, heads, kv_heads)
-
-    @staticmethod
-    def from_config(config: Any, name: str | None = None) -> ModelShape:
-        """The shape that a transformers config (an object or the dict of its config.json) describes.
-
-        Raises `UsageError` for mixtures of experts, which the formulas do not cover, and for a config without sizes.
-        """
-        values: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
-        values = values.get("text_config") or values
-        kind = str(values.get("model_type") or name or "model")
-        if any(values.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
-            raise UsageError(f"'{kind}' is a mixture of experts, which the cost model does not cover")
-
-        def size(*keys: str) -> int:
-            for key in keys:
-                if values.get(key):
-                    return int(values[key])
-            raise UsageError(f"the config of '{kind}' has no '{keys[0]}'")
-
-        hidden, heads = size("hidden_size", "n_embd", "d_model"), size("num_attention_heads", "n_head")
-        inner = next(
-            (values[key] for key in ("intermediate_size", "n_inner", "ffn_dim") if values.get(key)),
-            4 * hidden,
-        )
-        return ModelShape(
-            name or str(values.get("_name_or_path") or "") or kind,
-            hidden,
-            int(inner),
-            size("num_hidden_layers", "n_layer"),
-            size("vocab_size"),
-            heads,
-            int(values.get("num_key_value_heads") or heads),
-            int(values["head_dim"]) if values.get("head_dim") else None,
-            gated=kind not in _PLAIN,
-            tied=bool(values.get("tie_word_embeddings", kind in ("gpt2", "opt"))),
-        )
-
-
-# hidden, intermediate, layers, heads, heads of keys and values: Llama 2 (Touvron et al. 2023), Code Llama (Rozière et al. 2023)
-_LLAMA = {
-    "7B": (4096, 11008, 32, 32, 32),
-    "13B": (5120, 13824, 40, 40, 40),
-    "34B": (8192, 22016, 48, 64, 8),
-    "70B": (8192, 28672, 80, 64, 8),
-}
-_PLAIN = ("gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "phi", "starcoder2")
-
-
-def brief(layout: Layout) -> str:
-    """A layout in a few letters: "pp2 tp4 dp1"."""
-    return f"pp{layout.pp} tp{layout.tp} dp{layout.dp}"
-
-
-def layouts_of(shape: ModelShape, gpus: int, gpus_per_node: int) -> list[Layout]:
-    """Every way to spread ``shape`` over ``gpus``: tp a power of two inside a node that divides the heads, pp a divisor of the
-    layers, at most 16."""
-    found = []
-    tp = 1
-    while tp <= min(8, gpus_per_node, gpus) and gpus % tp == 0 and shape.heads % tp == 0:
-        rest = gpus // tp
-        found += [
-            Layout(rest // pp, pp, tp)
-            for pp in range(1, min(16, rest) + 1)
-            if rest % pp == 0 and shape.layers % pp == 0
-        ]
-        tp *= 2
-    return found
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One iteration: ``batch`` answers of ``response`` tokens to prompts of ``prompt`` tokens; updates take ``minibatches``
-    parts in turn, ``epochs`` times. Defaults: the experiments of Sheng et al. 2024, section 8.1."""
-
-    batch: int = 1024
-    prompt: int = 1024
-    response: int = 1024
-    minibatches: int = 8
-    epochs: int = 1
-
-    def __post_init__(self) -> None:
-        for key in ("batch", "prompt", "response", "minibatches", "epochs"):
-            if getattr(self, key) < 1:
-                raise UsageError(f"workload: {key} is {getattr(self, key)}; it must be at least 1")
-        if self.batch % self.minibatches:
-            raise UsageError(
-                f"workload: {self.minibatches} minibatches do not divide a batch of {self.batch}"
-            )
-
-    @property
-    def length(self) -> int:
-        """Tokens of a prompt with its answer."""
-        return self.prompt + self.response
-
-    @property
-    def minibatch(self) -> int:
-        """Answers in one update."""
-        return self.batch // self.minibatches
+__all__ = ["Call", "CostModel", "GiB", "ModelShape", "Workload", "brief", "layouts_of"]
 
 
 @dataclass(frozen=True)
@@ -207,6 +37,7 @@ class CostModel:
         cluster: rates and bandwidths.
         weight_bytes, grad_bytes, optimiser_bytes: bytes a weight while training in bf16 with Adam: weights and gradients in
             16 bits; a 32-bit copy and two moments, shared by the replicas (ZeRO stage 1).
+        activation_bytes: bytes a feature of what ranks send to one another.
         checkpointing: whether training keeps only each layer's input and computes the layer again in the backward pass.
     """
 
@@ -217,12 +48,14 @@ class CostModel:
         grad_bytes: float = 2,
         optimiser_bytes: float = 12,
         checkpointing: bool = True,
+        activation_bytes: float = 2,
     ) -> None:
         self.cluster = cluster
         self.weight_bytes = weight_bytes
         self.grad_bytes = grad_bytes
         self.optimiser_bytes = optimiser_bytes
         self.checkpointing = checkpointing
+        self.activation_bytes = activation_bytes
 
     # --- memory, bytes a GPU ----------------------------------------------------------------------------
 
@@ -281,82 +114,106 @@ class CostModel:
     ) -> float:
         """One layer on ``tokens`` that belong to sequences of ``context`` tokens, its arithmetic done ``times`` times (2 for a
         backward pass): matrices, causal attention (2 tokens context width), two all-reduces of the residual stream, launch."""
+        reduce = self.cluster.all_reduce(self.activation_bytes * tokens * shape.hidden, tp)
+        return self.layer_compute(shape, tokens, context, tp, times) + 2 * reduce
+
+    def layer_compute(
+        self, shape: ModelShape, tokens: float, context: float, tp: int, times: int = 1
+    ) -> float:
+        """One layer without its communication."""
         attention = 2 * tokens * context * shape.attention_width / tp / self.cluster.flops
         compute = self.matmul(shape.layer_parameters / tp, tokens) + attention
-        reduce = self.cluster.all_reduce(2 * tokens * shape.hidden, tp)
-        return times * (compute + self.cluster.launch_us * 1e-6) + 2 * reduce
+        return times * (compute + self.cluster.launch_us * 1e-6)
+
+    def ends_compute(self, shape: ModelShape, tokens: float, tp: int, times: int = 1) -> float:
+        """Embedding and output layer together, without communication; the embedding looks up and costs nothing here."""
+        return times * self.matmul(shape.head_parameters / tp, tokens)
 
     def stage_forward(
         self, shape: ModelShape, layout: Layout, tokens: float, context: float, times: int = 1
     ) -> float:
         """One stage of the pipeline on a micro-batch of ``tokens``; embedding and output layer count evenly for all stages."""
-        head = times * self.matmul(shape.head_parameters / layout.tp, tokens)
+        ends = self.ends_compute(shape, tokens, layout.tp, times)
         layers = shape.layers * self.layer_forward(shape, tokens, context, layout.tp, times)
-        return (layers + head) / layout.pp + self._hop(shape, layout, tokens)
+        return (layers + ends) / layout.pp + self._hop(shape, layout, tokens)
 
     def _hop(self, shape: ModelShape, layout: Layout, tokens: float) -> float:
         """Sending a micro-batch to the next stage, over the slowest link of the pipeline: each tensor shard sends its part of
-        2 h tokens bytes."""
+        2 h tokens bytes (in 16 bits)."""
         if layout.pp == 1:
             return 0.0
         rate = self.cluster.bandwidth(layout.pp, layout.tp * layout.dp)
-        return 2 * shape.hidden * tokens / layout.tp / rate + self.cluster.collective_us * 1e-6
+        return (
+            self.activation_bytes * shape.hidden * tokens / layout.tp / rate
+            + self.cluster.collective_us * 1e-6
+        )
 
     def layer_decode(self, shape: ModelShape, sequences: float, context: float, tp: int) -> float:
         """One token more for each of ``sequences``: weights read (or operations, if slower), keys and values read, two small
         all-reduces, launch."""
+        reduce = self.cluster.all_reduce(self.activation_bytes * sequences * shape.hidden, tp, small=True)
+        return self.decode_compute(shape, sequences, context, tp) + 2 * reduce
+
+    def decode_compute(self, shape: ModelShape, sequences: float, context: float, tp: int) -> float:
+        """The same without communication."""
         read = self.matmul(shape.layer_parameters / tp, sequences)
         cache = (
             4 * sequences * context * shape.kv_width / min(tp, shape.kv_heads) / self.cluster.memory_bandwidth
         )
-        reduce = self.cluster.all_reduce(2 * sequences * shape.hidden, tp, small=True)
-        return read + cache + 2 * reduce + self.cluster.decode_launch_us * 1e-6
+        return read + cache + self.cluster.decode_launch_us * 1e-6
+
+    def decode_ends(self, shape: ModelShape, sequences: float, tp: int) -> float:
+        """Embedding and output layer on one token more for each of ``sequences``, without communication."""
+        return self.ends_compute(shape, sequences, tp)
 
     def stage_decode(self, shape: ModelShape, layout: Layout, sequences: float, context: float) -> float:
         """One stage of the pipeline on one token more for each of ``sequences``."""
         layers = shape.layers * self.layer_decode(shape, sequences, context, layout.tp)
-        head = self.matmul(shape.head_parameters / layout.tp, sequences)
-        return (layers + head) / layout.pp + self._hop(shape, layout, sequences)
+        ends = self.decode_ends(shape, sequences, layout.tp)
+        return (layers + ends) / layout.pp + self._hop(shape, layout, sequences)
 
     # --- calls ------------------------------------------------------------------------------------------
 
     def infer(self, shape: ModelShape, layout: Layout, work: Workload, free: float = math.inf) -> Call | None:
         """One forward pass over the batch, in as many micro-batches as are fastest within ``free`` bytes; None: none fits."""
-        share = math.ceil(work.batch / layout.dp)
-        best: Call | None = None
-        for parts in _parts(share, layout.pp):
-            tokens = math.ceil(share / parts) * work.length
-            active = self.activations(shape, layout, tokens, 1, trains=False)
-            if active > free:
-                continue
-            seconds = (layout.pp + parts - 1) * self.stage_forward(shape, layout, tokens, work.length)
-            if best is None or seconds < best.seconds:
-                best = Call(seconds, active, parts)
-        return best
+        ways = (
+            self.inference(shape, layout, work, parts)
+            for parts in _parts(_share(work.batch, layout), layout.pp)
+        )
+        return _fastest(ways, free)
+
+    def inference(self, shape: ModelShape, layout: Layout, work: Workload, parts: int) -> Call:
+        """One forward pass over the batch in ``parts`` micro-batches."""
+        tokens = math.ceil(_share(work.batch, layout) / parts) * work.length
+        active = self.activations(shape, layout, tokens, 1, trains=False)
+        seconds = (layout.pp + parts - 1) * self.stage_forward(shape, layout, tokens, work.length)
+        return Call(seconds, active, parts)
 
     def train(self, shape: ModelShape, layout: Layout, work: Workload, free: float = math.inf) -> Call | None:
-        """All updates of an iteration; None where a replica has no sequence of a minibatch or nothing fits ``free`` bytes.
+        """All updates of an iteration, in as many micro-batches as are fastest within ``free`` bytes; None where a replica has
+        no sequence of a minibatch or nothing fits."""
+        if work.minibatch < layout.dp:
+            return None
+        ways = (
+            self.training(shape, layout, work, parts)
+            for parts in _parts(_share(work.minibatch, layout), layout.pp)
+        )
+        return _fastest(ways, free)
+
+    def training(self, shape: ModelShape, layout: Layout, work: Workload, parts: int) -> Call:
+        """All updates of an iteration, each minibatch in ``parts`` micro-batches.
 
         (forward + backward + forward again with checkpointing) x (pp + m - 1) for m micro-batches, then the all-reduce of the
         gradients over replicas and one pass of the optimiser; times minibatches and epochs.
         """
-        if work.minibatch < layout.dp:
-            return None
-        share = math.ceil(work.minibatch / layout.dp)
+        tokens = math.ceil(_share(work.minibatch, layout) / parts) * work.length
+        active = self.activations(shape, layout, tokens, min(parts, layout.pp), trains=True)
+        forward = self.stage_forward(shape, layout, tokens, work.length)
+        backward = self.stage_forward(shape, layout, tokens, work.length, times=2)
+        passes = forward * (2 if self.checkpointing else 1) + backward
         fixed = self.synchronise(shape, layout) + self.optimise(shape, layout)
-        best: Call | None = None
-        for parts in _parts(share, layout.pp):
-            tokens = math.ceil(share / parts) * work.length
-            active = self.activations(shape, layout, tokens, min(parts, layout.pp), trains=True)
-            if active > free:
-                continue
-            forward = self.stage_forward(shape, layout, tokens, work.length)
-            backward = self.stage_forward(shape, layout, tokens, work.length, times=2)
-            passes = forward * (2 if self.checkpointing else 1) + backward
-            seconds = work.epochs * work.minibatches * (passes * (layout.pp + parts - 1) + fixed)
-            if best is None or seconds < best.seconds:
-                best = Call(seconds, active, parts)
-        return best
+        seconds = work.epochs * work.minibatches * (passes * (layout.pp + parts - 1) + fixed)
+        return Call(seconds, active, parts)
 
     def synchronise(self, shape: ModelShape, layout: Layout) -> float:
         """The all-reduce of a shard's gradients over its replicas."""
@@ -372,11 +229,8 @@ class CostModel:
         self, shape: ModelShape, layout: Layout, work: Workload, free: float = math.inf
     ) -> Call | None:
         """Answers to the batch, by ``layout.dp`` replicas, in waves as large as their keys and values fit ``free`` bytes;
-        None: not one sequence fits.
-
-        A wave is a prefill and ``response - 1`` decoding steps at the mean context (times are linear in it).
-        """
-        share = math.ceil(work.batch / layout.dp)
+        None: not one sequence fits."""
+        share = _share(work.batch, layout)
         one = self.kv_cache(shape, layout, work.length)
         chunk = max(1, _PREFILL // work.prompt)  # sequences prefilled at once
         waves, last = 1, 0
@@ -390,15 +244,49 @@ class CostModel:
                     return None
                 fitting = wave // 2
             waves = max(waves, math.ceil(share / fitting))
-        wave = math.ceil(share / waves)
+        return self.generation(shape, layout, work, waves)
+
+    def generation(self, shape: ModelShape, layout: Layout, work: Workload, waves: int) -> Call:
+        """Answers to the batch in ``waves``: each a prefill and ``response - 1`` decoding steps at the mean context (times are
+        linear in it)."""
+        chunk = max(1, _PREFILL // work.prompt)
+        wave = math.ceil(_share(work.batch, layout) / waves)
+        active = self.activations(shape, layout, min(chunk, wave) * work.prompt, 1, trains=False)
+        active += wave * self.kv_cache(shape, layout, work.length)
         parts = min(layout.pp, wave)  # micro-batches that fill the pipeline
         each = math.ceil(wave / parts)
         pieces = math.ceil(each / chunk)
         prompts = math.ceil(each / pieces) * work.prompt
         prefill = (layout.pp + parts * pieces - 1) * self.stage_forward(shape, layout, prompts, work.prompt)
         step = max(parts, layout.pp) * self.stage_decode(shape, layout, each, work.prompt + work.response / 2)
-        seconds = waves * (prefill + step * (work.response - 1))
-        return Call(seconds, inside + wave * one, waves)
+        return Call(waves * (prefill + step * (work.response - 1)), active, waves)
+
+    def ways(
+        self,
+        kind: str,
+        shape: ModelShape,
+        layout: Layout,
+        work: Workload,
+        only: int | None = None,
+    ) -> list[Call]:
+        """Every number of micro-batches (of waves, where ``kind`` is "generate") worth having for a call that "train"s, is an
+        "inference" or "generate"s: the fastest first, each further one slower and smaller. Empty: a replica would have nothing
+        to do.
+
+        ``only``: this number of parts and no other.
+        """
+        sequences = work.minibatch if kind == "train" else work.batch
+        share = _share(sequences, layout)
+        if sequences < layout.dp:
+            return []
+        parts = _waves(share) if kind == "generate" else _parts(share, layout.pp)
+        call = {"generate": self.generation, "train": self.training, "inference": self.inference}[kind]
+        found = [call(shape, layout, work, m) for m in (parts if only is None else [only]) if m <= share]
+        kept: list[Call] = []
+        for way in sorted(found, key=lambda c: (c.seconds, c.active)):
+            if not kept or way.active < kept[-1].active:
+                kept.append(way)
+        return kept
 
     def to_generation(
         self, shape: ModelShape, train: Layout, generate: Layout, engine: str = "hybridflow"
@@ -432,6 +320,10 @@ class CostModel:
             return 0.0
         rate = (self.cluster.inter_node_gb_s if across_nodes else self.cluster.intra_node_gb_s) * 1e9
         return self.weights(shape, target) / rate + self.cluster.reallocation_ms * 1e-3
+
+    def load(self, shape: ModelShape, layout: Layout) -> float:
+        """Seconds to bring the weights of a shard back from the host's memory, where a copy always stays."""
+        return self.weights(shape, layout) / (self.cluster.host_gb_s * 1e9)
 
     # --- ZeRO stage 3, for comparison with DeepSpeed-Chat -----------------------------------------------
 
@@ -490,3 +382,18 @@ def _parts(share: int, pp: int) -> list[int]:
         found.append(parts)
         parts *= 2
     return [*found, share]
+
+
+def _waves(share: int) -> list[int]:
+    """Numbers of waves worth trying for ``share`` sequences: 1, 2, 3, 4, 6, 8, 12, ... and one sequence at a time."""
+    found = {w for i in range(share.bit_length()) for w in (2**i, 3 * 2**i) if w < share}
+    return sorted(found | {share})
+
+
+def _share(sequences: int, layout: Layout) -> int:
+    """The most sequences that one replica gets."""
+    return math.ceil(sequences / layout.dp)
+
+
+def _fastest(ways: Iterable[Call], free: float) -> Call | None:
+    return min((way for way in ways if way.active <= free), key=lambda way: way.seconds, default=None)

@@ -23,7 +23,9 @@ from guerdon.errors import DataError, UsageError, nearest
 PRESETS = ("colocate", "split", "standalone", "inline")
 """Placements that have a name."""
 
-_JUDGING = ("critic", "value", "reward", "cost", "judge", "preference")
+JUDGING = ("critic", "value", "reward", "cost", "judge", "preference")
+"""Words in the names of roles that judge: critics and reward models."""
+
 _KEYS = ("pools", "mapping", "layouts", "prediction")
 _TASKS = ("train", "infer", "generate")
 
@@ -170,7 +172,7 @@ def preset_sets(name: str, roles: Sequence[str]) -> list[list[str]]:
     if name == "standalone":
         return [[role] for role in roles]
     if name == "split":
-        judging = [role for role in roles if any(word in role for word in _JUDGING)]
+        judging = [role for role in roles if any(word in role for word in JUDGING)]
         return [side for side in ([role for role in roles if role not in judging], judging) if side]
     return [list(roles)]
 

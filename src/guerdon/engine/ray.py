@@ -20,6 +20,7 @@ from torch import nn
 
 from guerdon.engine.local import LocalEngine, merged
 from guerdon.engine.mapping import Placement
+from guerdon.engine.meshes import read_placement
 from guerdon.engine.pools import ResourcePool
 from guerdon.engine.remote import RemoteRole, RoleWorker
 from guerdon.engine.workers import Future, WorkerGroup
@@ -301,11 +302,11 @@ def _ray_runs() -> bool:
 
 
 def find_placement(placement: str | Path | Placement, roles: Sequence[str], workers: int) -> Placement:
-    """The placement of that name, or in that file."""
+    """The placement of that name, or in that file, which may be an execution plan's (`guerdon.engine.meshes`)."""
     if isinstance(placement, Placement):
         return placement
     if str(placement).endswith(".json"):
-        return Placement.from_json(placement)
+        return read_placement(placement)
     return Placement.preset(str(placement), list(roles), workers)
 
 

@@ -17,56 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from guerdon.engine.protocols import Layout
-from guerdon.engine.reshard import (
-    WHOLE,
-    Groups,
-    Parameter,
-    Share,
-    holding,
-    layers_of,
-    put,
-    stage_of,
-    take,
-)
+from guerdon.engine.shards import WHOLE, Groups, Mesh, Parameter, Share, layers_of, put, stage_of, take
 from guerdon.errors import UsageError
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """A layout and the ranks that it is on.
-
-    Args:
-        layout: pipeline, tensor and data parallelism.
-        ranks: of torch.distributed, one for each rank of the layout; None for the first ones.
-    """
-
-    layout: Layout
-    ranks: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        size = self.layout.world_size
-        if self.ranks is not None and (len(self.ranks) != size or len(set(self.ranks)) != size):
-            raise UsageError(f"{self.layout} takes {size} different ranks, not {self.ranks}")
-
-    def members(self) -> tuple[int, ...]:
-        return self.ranks or tuple(range(self.layout.world_size))
-
-    def at(self, stage: int, index: int | None = None) -> list[int]:
-        """Ranks of a pipeline stage, of one tensor shard or of all."""
-        found = []
-        for place, rank in enumerate(self.members()):
-            _, pp, tp = self.layout.coordinates(place)
-            if pp == stage and index in (None, tp):
-                found.append(rank)
-        return found
-
-    def holding(self, parameters: Sequence[Parameter], rank: int) -> dict[str, tuple[Parameter, Share]]:
-        """What a rank holds; nothing for a rank that is not among the mesh's."""
-        if rank not in self.members():
-            return {}
-        _, stage, index = self.layout.coordinates(self.members().index(rank))
-        return holding(parameters, self.layout.pp, self.layout.tp, stage, index)
 
 
 @dataclass(frozen=True)
@@ -170,13 +122,15 @@ class Reallocation:
         into: Mapping[str, Tensor] | None = None,
         eta: float = 1.0,
         device: torch.device | str = "cpu",
+        lend: bool = False,
     ) -> dict[str, Tensor]:
-        """This rank's shards in the target layout. All ranks call it.
+        """This rank's shards in the target layout. All ranks of the two meshes call it.
 
         Args:
             shards: this rank's in the source layout, by name; only read.
             into: tensors of the target layout to write to; None makes new ones. The same for all ranks.
             eta: they become ``eta * source + (1 - eta) * themselves``.
+            lend: with ``into`` None, shards that are the same in both layouts are handed on as they are, not copied.
         """
         if not 0 <= eta <= 1 or (eta < 1 and into is None):
             raise UsageError(
@@ -184,11 +138,16 @@ class Reallocation:
             )
         held = self.source.holding(self.parameters, self.rank)
         wanted = self.target.holding(self.parameters, self.rank)
+        lent: dict[str, Tensor] = {}
         if into is None:
-            into = {
-                n: torch.empty(p.shape_of(s), dtype=p.dtype, device=device) for n, (p, s) in wanted.items()
+            if lend:
+                lent = {name: shards[name] for name, pair in wanted.items() if held.get(name) == pair}
+            into = lent | {
+                n: torch.empty(p.shape_of(s), dtype=p.dtype, device=device)
+                for n, (p, s) in wanted.items()
+                if n not in lent
             }
-        for name in held.keys() & wanted.keys():  # what is here already
+        for name in (held.keys() & wanted.keys()) - lent.keys():  # what is here already
             (parameter, have), (_, want) = held[name], wanted[name]
             fine, coarse = (have, want) if have.of >= want.of else (want, have)
             if fine in coarse:

@@ -15,346 +15,36 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from tensordict import TensorDict, TensorDictBase, is_tensorclass
+from tensordict import TensorDict
 from torch import Tensor, nn
 
-from guerdon.batch import Batch, Trajectories, decode_text, encode_text, nested
+from guerdon.batch import Batch, Trajectories
+from guerdon.engine.packing import (
+    Named,
+    Source,
+    form_of,
+    pack,
+    pack_prompts,
+    pending_metrics,
+    structured,
+    unpack,
+    widen,
+)
 from guerdon.engine.pending import Pending, resolve
-from guerdon.engine.workers import Future, Worker, WorkerError, WorkerGroup, register
-from guerdon.errors import UsageError
+from guerdon.engine.role_worker import RoleWorker
+from guerdon.engine.workers import Future, WorkerError, WorkerGroup
 from guerdon.objectives.base import Metrics, Objective
-from guerdon.roles import Role, RoleSettings, add_metrics, mean_metrics
+from guerdon.role_parts import add_metrics, mean_metrics, minibatch_rows
+from guerdon.roles import Role, RoleSettings
 
 if TYPE_CHECKING:
     from guerdon.engine.ray import RayEngine
 
-_BULK = 4_000_000  # bytes: smaller answers are fetched whole, of larger ones only the tensor that is read
-
-Path = tuple[str, ...]
-
-
-# --- batches whose numbers are elsewhere --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Hole:
-    """A tensor of a batch that does not travel with it but comes by reference.
-
-    Attributes:
-        path: where it belongs in the batch.
-        future: which of the futures that travel with the batch brings it.
-        inside: where it is in what that future gives; empty where that is the tensor itself.
-        width: its shape without the rows.
-    """
-
-    path: Path
-    future: int
-    inside: Path
-    width: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the numbers of a `Pending` tensor are."""
-
-    future: Future
-    inside: Path
-
-
-def _inner(node: Any) -> TensorDictBase:
-    return cast(TensorDictBase, node._tensordict if is_tensorclass(node) else node)
-
-
-def _pending_leaves(node: Any, prefix: Path = ()) -> list[tuple[Path, Pending]]:
-    found: list[tuple[Path, Pending]] = []
-    for key, value in _inner(node).items():
-        if isinstance(value, Pending):
-            if not value.known and isinstance(value.source, Source):
-                found.append(((*prefix, key), value))
-        elif isinstance(value, TensorDictBase) or is_tensorclass(value):
-            found += _pending_leaves(value, (*prefix, key))
-    return found
-
-
-def _at(value: Any, path: Path) -> Any:
-    """What stands at ``path`` in a batch; with the path () the value itself."""
-    for key in path:
-        value = _inner(value).get(key)
-    return value
-
-
-def _parent(batch: Any, path: Path) -> TensorDictBase:
-    return _inner(_at(batch, path[:-1]))
-
-
-def pack(batch: Any) -> tuple[Any, tuple[Hole, ...], list[Future]]:
-    """``batch`` without the tensors that are elsewhere, what is missing, and the futures that bring it."""
-    if not (isinstance(batch, TensorDictBase) or is_tensorclass(batch)):
-        return resolve(batch), (), []
-    leaves = _pending_leaves(batch)
-    if not leaves:
-        return batch, (), []
-    own = cast(Any, batch).clone(False)
-    futures: list[Future] = []
-    holes = []
-    for path, leaf in leaves:
-        source = leaf.source
-        index = next((i for i, f in enumerate(futures) if f is source.future), len(futures))
-        if index == len(futures):
-            futures.append(source.future)
-        holes.append(Hole(path, index, source.inside, tuple(leaf.shape[1:])))
-        _parent(own, path).del_(path[-1])
-    return own, tuple(holes), futures
-
-
-def unpack(own: Any, holes: Sequence[Hole], values: Sequence[Any]) -> Any:
-    """The batch again, in a worker, where the futures have become their values."""
-    if not holes:
-        return own
-    own = cast(Any, own).clone(False)
-    for hole in holes:
-        leaf = _at(values[hole.future], hole.inside)
-        _parent(own, hole.path).set(hole.path[-1], widen(leaf, hole.width, hole.path[-1]))
-    return own
-
-
-def widen(leaf: Tensor, width: Sequence[int], name: str = "") -> Tensor:
-    """Pad ``leaf [B, ...]`` with zeros to ``[B, *width]``: at the end, tokens of a prompt at the beginning. Parts of a
-    batch that were made by several workers may be of different widths."""
-    missing = [want - has for want, has in zip(width, leaf.shape[1:], strict=True)]
-    if not any(missing):
-        return leaf
-    pads: list[int] = []
-    for gap in reversed(missing):
-        pads += [gap, 0] if name.startswith("prompt_") else [0, gap]
-    return torch.nn.functional.pad(leaf, pads)
-
-
-def _describe(value: Any) -> dict[Path, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of the tensors in ``value``, by path; a tensor alone has the path ()."""
-    if isinstance(value, Tensor):
-        return {(): (tuple(value.shape), value.dtype)}
-    found: dict[Path, tuple[tuple[int, ...], torch.dtype]] = {}
-    for key, part in _inner(value).items():
-        if isinstance(part, Tensor):
-            found[key,] = tuple(part.shape), part.dtype
-        elif isinstance(part, TensorDictBase) or is_tensorclass(part):
-            found |= {(key, *path): form for path, form in _describe(part).items()}
-    return found
-
-
-def _joined_form(forms: Sequence[dict[Path, Any]], rows: int) -> dict[Path, Any]:
-    """The shapes of the parts of several workers put together, ``rows`` rows in all."""
-    result = {}
-    for path, (first, dtype) in forms[0].items():
-        width = tuple(max(form[path][0][i] for form in forms) for i in range(1, len(first)))
-        result[path] = (rows, *width), dtype
-    return result
-
-
-# --- in the workers -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Named:
-    """Stands for the role of this name that lives in the worker."""
-
-    key: str
-
-
-class RoleWorker(Worker):
-    """A process that holds roles and runs their verbs.
-
-    Args:
-        device: "cpu", or "cuda" for the GPU that was given to this process.
-        threads: CPU threads for tensor work.
-        timeout: seconds that a collective operation may take.
-    """
-
-    def __init__(self, device: str = "cpu", threads: int = 1, timeout: float = 120.0) -> None:
-        torch.set_num_threads(threads)
-        self.device = torch.device(device)
-        self.timeout = timeout
-        self.roles: dict[str, Role] = {}
-        self.group: Any = None
-
-    @register("one_to_all")
-    def join(self) -> None:
-        """Meet the other workers of the group."""
-        from guerdon.engine import parallel
-
-        if self.world_size > 1:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            self.group = parallel.join(
-                self.master_address, self.master_port, self.rank, self.world_size, backend, self.timeout
-            )
-
-    @register("one_to_all", blocking=False)
-    def make(self, key: str, role: Role, shared: Sequence[tuple[str, str, str]], shard: bool) -> None:
-        """Take over a role. ``shared`` names modules that it has in common with another: ``(path, key, path there)``."""
-        for path, other, there in shared:
-            role.model.set_submodule(path, self.roles[other].model.get_submodule(there))
-        role.name = key.partition("#")[0]
-        role.join(self.group, self.device, shard)
-        self.roles[key] = role
-
-    @register("one_to_all", blocking=False)
-    def drop(self, keys: Sequence[str]) -> None:
-        """Forget roles that nobody has a handle of any more."""
-        for key in keys:
-            self.roles.pop(key, None)
-
-    @register("one_to_all")
-    def holds(self) -> list[str]:
-        """The names of its roles."""
-        return list(self.roles)
-
-    @register("one_to_all", blocking=False)
-    def copy(self, source: str, key: str, frozen: bool) -> None:
-        self.roles[key] = self.roles[source].copy(frozen, name=key.partition("#")[0])
-
-    @register("one_to_all", blocking=False)
-    def follow(self, key: str, other: str, tau: float) -> None:
-        self.roles[key].follow(self.roles[other], tau)
-
-    @register("one_to_all", blocking=False)
-    def expect(self, key: str, updates: int) -> None:
-        self.roles[key].expect(updates)
-
-    @register("one_to_all", blocking=False)
-    def observe(self, key: str, observation: Any) -> None:
-        self.roles[key].observe(observation)
-
-    # -- answers -------------------------------------------------------------------------------------------
-
-    @register("dp", blocking=False)
-    def sample(self, key: str, rows: TensorDict, options: dict[str, Any]) -> Trajectories:
-        """Answer the prompts in ``rows``, with their seeds and groups."""
-        options = {k: self.roles[v.key] if isinstance(v, Named) else v for k, v in options.items()}
-        names = [str(key) for key in rows.keys()]  # noqa: SIM118 (TensorDict)
-        options |= {name[4:]: rows[name] for name in names if name.startswith("row_")}
-        prompts = decode_text(rows["prompt"])
-        return self._home(self.roles[key].sample(prompts, rows["seed"], rows.get("group", None), **options))
-
-    @register("dp", blocking=False)
-    def answer(self, key: str, verb: str, own: Any, holes: Sequence[Hole], *values: Any) -> Any:
-        """``role.verb(batch)``."""
-        return self._home(getattr(self.roles[key], verb)(unpack(own, holes, values)))
-
-    @register("dp", blocking=False)
-    def compare(
-        self, key: str, a: Any, a_holes: Sequence[Hole], b: Any, b_holes: Sequence[Hole], *values: Any
-    ) -> Tensor:
-        batches = unpack(a, a_holes, values), unpack(b, b_holes, values)
-        return cast(Tensor, self._home(self.roles[key].compare(*batches)))
-
-    @register("one_to_all")
-    def evaluate(
-        self,
-        key: str,
-        function: Callable[..., Any],
-        own: Any,
-        holes: Sequence[Hole],
-        others: dict[str, str],
-        *values: Any,
-    ) -> Any:
-        batch = unpack(own, holes, values)
-        found = self.roles[key].evaluate(function, batch, **self._named(others))
-        return self._home(found) if self.rank == 0 else None
-
-    @register("dp_metric", rows="uneven")
-    def describe(self, value: Any) -> Any:
-        """Shapes and types of what another call returned here, without its numbers."""
-        return _describe(value)
-
-    @register("dp")
-    def leaf(self, inside: Path, width: Sequence[int], value: Any) -> Tensor:
-        """One tensor of what another call returned here."""
-        return widen(_at(value, inside), width, inside[-1] if inside else "")
-
-    # -- learning ------------------------------------------------------------------------------------------
-
-    @register("dp_metric", blocking=False, rows="uneven")
-    def update(
-        self,
-        key: str,
-        own: Any,
-        holes: Sequence[Hole],
-        objective: Objective,
-        others: dict[str, str],
-        *values: Any,
-    ) -> Metrics:
-        """One update of all workers together; ``own`` are this worker's rows."""
-        return self._home(
-            self.roles[key].update(unpack(own, holes, values), objective, **self._named(others))
-        )
-
-    @register("one_to_all", blocking=False)
-    def fit(
-        self,
-        key: str,
-        own: Any,
-        holes: Sequence[Hole],
-        objective: Objective,
-        settings: dict[str, Any],
-        others: dict[str, str],
-        *values: Any,
-    ) -> Metrics:
-        """Passes over a batch that every worker has whole; of each minibatch it takes its share."""
-        data = unpack(own, holes, values)
-        return self._home(self.roles[key].fit(data, objective, **settings, **self._named(others)))
-
-    @register("one_to_all", blocking=False)
-    def natural_step(
-        self,
-        key: str,
-        own: Any,
-        holes: Sequence[Hole],
-        objective: Objective,
-        settings: dict[str, Any],
-        *values: Any,
-    ) -> Metrics:
-        return self._home(self.roles[key].natural_step(unpack(own, holes, values), objective, **settings))
-
-    # -- weights -------------------------------------------------------------------------------------------
-
-    @register("one_to_all", blocking=False)
-    def state(self, key: str, optimiser: bool, whole: bool = False) -> dict[str, Any] | None:
-        """What `Role.state_dict` gives, of the first worker (all have the same); ``whole``: with weights that a checkpoint
-        can do without."""
-        role = self.roles[key]
-        state = role.state_dict()
-        if whole and state["weights"] is None and role.settings.lora is None:
-            state["weights"] = getattr(role.model, "core", role.model).state_dict()
-        if not optimiser:
-            state["optimiser"] = None
-        return _on_cpu(state) if self.rank == 0 else None
-
-    @register("one_to_all", blocking=False)
-    def load(self, key: str, state: Any) -> None:
-        """Take over a state, or the answer of another group to `state`."""
-        self.roles[key].load_state_dict(state[0] if isinstance(state, list) else state)
-
-    def _named(self, others: dict[str, str]) -> dict[str, Any]:
-        return {name: self.roles[key] for name, key in others.items()}
-
-    def _home(self, value: Any) -> Any:
-        return value if self.device.type == "cpu" else _on_cpu(value)
-
-
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _on_cpu(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_on_cpu(v) for v in value)
-    return value.to("cpu") if hasattr(value, "to") and not isinstance(value, nn.Module) else value
-
-
-# --- in the process of the method ---------------------------------------------------------------------------
+__all__ = ["RemoteRole", "RoleWorker", "pack", "unpack", "widen"]
 
 
 class RemoteRole(Role):
@@ -385,7 +75,6 @@ class RemoteRole(Role):
         self._read: list[tuple[Tensor, int]] | None = None  # the mirror's tensors as they were last in step
         self._here = False  # the method works on the weights by hand: they live in this process from now on
         self._forms: dict[Any, Any] = {}
-        self._foreign: dict[str, int] = {}
         weakref.finalize(self, engine.forget, group, key)
 
     # -- the mirror ----------------------------------------------------------------------------------------
@@ -393,17 +82,21 @@ class RemoteRole(Role):
     @property
     def mirror(self) -> Role:
         """The role in this process, with the newest weights."""
-        if self._made is None:
-            self._made = self._make_mirror()  # type: ignore[operator]
-            self._mirrored = -1
+        mirror = self._mirror_made()
         if not self._here and self._mirrored != self.moves:
             self._pushed()
             state = self.workers.call("state", self.key, False, True, blocking=True)[0]
-            self._made.load_state_dict(state)
+            mirror.load_state_dict(state)
             self._mirrored = self.moves
             self._read = None
         if not self._here:
-            self._made.updates = self._updates
+            mirror.updates = self._updates
+        return mirror
+
+    def _mirror_made(self) -> Role:
+        """The mirror, whatever weights it has."""
+        if self._made is None:
+            self._made, self._mirrored = self._make_mirror(), -1  # type: ignore[operator]
         return self._made
 
     @property
@@ -454,9 +147,7 @@ class RemoteRole(Role):
     @property
     def settings(self) -> RoleSettings:  # type: ignore[override]
         """As the role was made."""
-        if self._made is None:
-            self._made, self._mirrored = self._make_mirror(), -1  # type: ignore[operator]
-        return self._made.settings
+        return self._mirror_made().settings
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -470,36 +161,22 @@ class RemoteRole(Role):
         """The weights as one flat tensor; with it they move to this process for good."""
         return self._come_here().flat_weights()
 
-    # -- answers -------------------------------------------------------------------------------------------
+    # -- calls of the workers ------------------------------------------------------------------------------
 
-    def sample(
-        self, prompts: Sequence[str], seeds: Tensor, group: Tensor | None = None, **options: Any
-    ) -> Trajectories:
-        if self._here or not len(prompts):
-            return self.mirror.sample(prompts, seeds, group, **_locals(options))
+    def _call(
+        self,
+        verb: str,
+        batch: Any,
+        *arguments: Any,
+        others: Mapping[str, Role] | None = None,
+        protocol: str | None = None,
+    ) -> Any:
+        """What the workers give (or a future of it) for ``verb`` on a batch, these arguments and other roles."""
         self._pushed()
-        rows = {"prompt": encode_text(list(prompts)), "seed": seeds}
-        if group is not None:
-            rows["group"] = group
-        for name, value in options.items():
-            if isinstance(value, Tensor) and value.ndim:
-                rows[f"row_{name}"] = resolve(value)
-        plain = {name: resolve(value) for name, value in options.items() if f"row_{name}" not in rows}
-        batch = TensorDict(rows, batch_size=[len(prompts)])
-        restarts = 0
-        while True:
-            workers = self.engine.generators(self)
-            try:
-                future = workers.call(
-                    "sample", self._there(self, workers), batch, self._there_all(plain, workers)
-                )
-                return cast(Trajectories, self._structured(future, len(prompts), Trajectories, workers))
-            except WorkerError as error:
-                # seeds belong to rows: other workers make the very same answers
-                restarts += 1
-                if workers is self.workers or restarts > self.engine.restarts:
-                    raise
-                self.engine.replace(workers, error)
+        if others is not None:
+            arguments += (self._there_all(others, self.workers),)
+        own, holes, futures = pack(batch)
+        return self.workers.call(verb, self.key, own, holes, *arguments, *futures, protocol=protocol)
 
     def _there(self, role: Role, group: WorkerGroup) -> str:
         """The name of ``role``, with its newest weights, in ``group``."""
@@ -509,8 +186,32 @@ class RemoteRole(Role):
                 return role.key
         return self.engine.visitor(role, group)
 
-    def _there_all(self, options: dict[str, Any], group: WorkerGroup) -> dict[str, Any]:
+    def _there_all(self, options: Mapping[str, Any], group: WorkerGroup) -> dict[str, Any]:
         return {k: Named(self._there(v, group)) if isinstance(v, Role) else v for k, v in options.items()}
+
+    # -- answers -------------------------------------------------------------------------------------------
+
+    def sample(
+        self, prompts: Sequence[str], seeds: Tensor, group: Tensor | None = None, **options: Any
+    ) -> Trajectories:
+        if self._here or not len(prompts):
+            return self.mirror.sample(prompts, seeds, group, **_locals(options))
+        self._pushed()
+        batch, plain = pack_prompts(prompts, seeds, group, options)
+        restarts = 0
+        while True:
+            workers = self.engine.generators(self)
+            try:
+                future = workers.call(
+                    "sample", self._there(self, workers), batch, self._there_all(plain, workers)
+                )
+                return cast(Trajectories, structured(future, len(prompts), Trajectories, workers))
+            except WorkerError as error:
+                # seeds belong to rows: other workers make the very same answers
+                restarts += 1
+                if workers is self.workers or restarts > self.engine.restarts:
+                    raise
+                self.engine.replace(workers, error)
 
     def answerer(self) -> Any:
         return self.mirror.answerer()
@@ -541,10 +242,7 @@ class RemoteRole(Role):
     def evaluate(self, function: Callable[..., Any], batch: Any, **others: Role) -> Any:
         if self._here:
             return self.mirror.evaluate(function, resolve(batch), **_locals(others))
-        self._pushed()
-        own, holes, futures = pack(batch)
-        names = {name: self._there(other, self.workers) for name, other in others.items()}
-        return self.workers.call("evaluate", self.key, function, own, holes, names, *futures)[0]
+        return self._call("evaluate", batch, function, others=others)[0]
 
     def log_prob(self, traj: Trajectories) -> Tensor:
         return self._answer("log_prob", traj, per_step=True)
@@ -574,34 +272,13 @@ class RemoteRole(Role):
     def _answer(self, verb: str, traj: Trajectories, per_step: bool = False) -> Any:
         if self._here:
             return getattr(self.mirror, verb)(traj)
-        self._pushed()
-        own, holes, futures = pack(traj)
-        future = self.workers.call("answer", self.key, verb, own, holes, *futures)
+        future = self._call("answer", traj, verb)
         if per_step and (dtype := self._forms.get(verb)) is not None:
             return Pending(future.get, tuple(traj.mask.shape), dtype, Source(future, ()))
-        answer = self._structured(future, traj.batch_size[0], TensorDict)
+        answer = structured(future, traj.batch_size[0], TensorDict, self.workers)
         if per_step and answer.shape == traj.mask.shape:
             self._forms[verb] = answer.dtype  # from now on nobody needs to ask for its form
         return answer
-
-    def _structured(self, future: Future, rows: int, kind: type, group: WorkerGroup | None = None) -> Any:
-        """A batch (or tensor) of `Pending` tensors for what ``future`` will give; waits until it is made (by ``group``)."""
-        group = group or self.workers
-        form = _joined_form(group.call("describe", future), rows)
-        size = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in form.values())
-
-        def leaf(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Pending:
-            def fetch() -> Tensor:
-                if size <= _BULK:
-                    return widen(_at(future.get(), path), shape[1:], path[-1] if path else "")
-                return cast(Tensor, group.call("leaf", path, shape[1:], future))
-
-            return Pending(fetch, shape, dtype, Source(future, path))
-
-        if () in form:
-            return leaf((), *form[()])
-        root = nested({path: leaf(path, shape, dtype) for path, (shape, dtype) in form.items()})
-        return root if kind is TensorDict else kind.from_tensordict(root)  # type: ignore[attr-defined]
 
     # -- learning ------------------------------------------------------------------------------------------
 
@@ -609,15 +286,10 @@ class RemoteRole(Role):
         if self._here:
             return self.mirror.update(batch, objective, whole=whole, **_locals(others))
         self._trains()
-        self._pushed()
-        names = {name: self._there(other, self.workers) for name, other in others.items()}
-        own, holes, futures = pack(batch)
         # what has no rows to share out, or compares its rows, every worker takes whole: all make the same update
         way = None if self._divides(batch, objective) else "one_to_all"
-        future = self.workers.call("update", self.key, own, holes, objective, names, *futures, protocol=way)
-        self.updates += 1
-        self.moves += 1
-        return self._metrics(future, "update", objective)
+        future = self._call("update", batch, objective, others=others, protocol=way)
+        return self._learned(future, "update", objective)
 
     def fit(
         self,
@@ -636,15 +308,10 @@ class RemoteRole(Role):
                 data, objective, epochs, minibatch, generator, stop, orders=orders, **_locals(others)
             )
         rows = data.batch_size[0]
-        size = rows if minibatch is None else min(minibatch, rows)
-        if size < 1:
-            raise UsageError(f"a minibatch holds at least one row, not {size}")
+        size = minibatch_rows(rows, minibatch, epochs, generator, orders)
         if not self._divides(data, objective):  # every worker learns from all rows of each minibatch
             return super().fit(data, objective, epochs, minibatch, generator, stop, orders=orders, **others)
         self._trains()
-        self._pushed()
-        names = {name: self._there(other, self.workers) for name, other in others.items()}
-        own, holes, futures = pack(data)
         a_pass = -(-rows // size)
         shuffled = generator is not None and size < rows
 
@@ -656,10 +323,8 @@ class RemoteRole(Role):
                     [torch.randperm(rows, generator=generator) for _ in range(passes)] if shuffled else None
                 )
             settings = {"epochs": passes, "minibatch": minibatch, "orders": order}
-            future = self.workers.call("fit", self.key, own, holes, objective, settings, names, *futures)
-            self.updates += a_pass * passes
-            self.moves += 1
-            return self._metrics(future, "fit", objective)
+            future = self._call("fit", data, objective, settings, others=others)
+            return self._learned(future, "fit", objective, a_pass * passes)
 
         if stop is None:
             return some(0, epochs)
@@ -674,12 +339,8 @@ class RemoteRole(Role):
     def natural_step(self, batch: Batch, objective: Objective, **settings: Any) -> Metrics:
         if self._here:
             return self.mirror.natural_step(batch, objective, **settings)
-        self._pushed()
-        own, holes, futures = pack(batch)
-        future = self.workers.call("natural_step", self.key, own, holes, objective, settings, *futures)
-        self.updates += 1
-        self.moves += 1
-        return self._metrics(future, "natural_step", objective)
+        future = self._call("natural_step", batch, objective, settings)
+        return self._learned(future, "natural_step", objective)
 
     def expect(self, updates: int) -> None:
         self.mirror.expect(updates)
@@ -691,7 +352,7 @@ class RemoteRole(Role):
         of the objective."""
         if not isinstance(batch, Batch):
             return False
-        form = ("divides", _form(objective))
+        form = ("divides", form_of(objective))
         if form not in self._forms:
             rows = batch.batch_size[0]
             half = max(1, rows // 2)
@@ -703,29 +364,28 @@ class RemoteRole(Role):
 
     def _trains(self) -> None:
         if self.settings.optimiser is None:
-            raise UsageError(f"role '{self.name}' has no optimiser, so it cannot be updated")
+            raise self._only_answers()
 
-    def _metrics(self, future: Future, verb: str, objective: Objective) -> Metrics:
-        """Metrics that come when they are read. Their names are asked for once for each form of the objective; from then on
-        the call does not wait."""
-        form = (verb, _form(objective))
+    def _learned(self, future: Future, verb: str, objective: Objective, updates: int = 1) -> Metrics:
+        """Count so many ``updates`` more. Their metrics come when they are read: the names are asked for once for each form
+        of the objective; from then on the call does not wait."""
+        self.updates += updates
+        self.moves += 1
+        form = (verb, form_of(objective))
         if form not in self._forms:
             found = future.get()[0]
             self._forms[form] = {name: (tuple(v.shape), v.dtype) for name, v in found.items()}
             return dict(found)
 
-        def reader(name: str) -> Callable[[], Tensor]:
-            return lambda: future.get()[0][name]
-
         self.engine.owes(future)
-        return {n: Pending(reader(n), shape, dtype) for n, (shape, dtype) in self._forms[form].items()}
+        return pending_metrics(future, self._forms[form])
 
     # -- relatives -----------------------------------------------------------------------------------------
 
     def copy(self, frozen: bool = True, name: str | None = None) -> Role:
         if self._here:
             return self.mirror.copy(frozen, name)
-        name = name or (f"{self.name}_reference" if frozen else f"{self.name}_copy")
+        name = name or self._name_of_copy(frozen)
         self._pushed()
         group = self.engine.group_of(name, like=self)
         if group is not self.workers:
@@ -770,19 +430,3 @@ def _local(role: Role) -> Role:
 
 def _locals(options: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _local(v) if isinstance(v, Role) else v for k, v in options.items()}
-
-
-def _form(objective: Any) -> Any:
-    """What of an objective can change the names of its metrics: its class, its switches, and which weights are zero."""
-    if not is_dataclass(objective):
-        return type(objective)
-    form: list[Any] = [type(objective)]
-    for field in fields(objective):
-        value = getattr(objective, field.name)
-        if isinstance(value, (str, bool)) or value is None:
-            form.append(value)
-        elif isinstance(value, (int, float)):
-            form.append(bool(value))
-        else:
-            form.append(type(value))
-    return tuple(form)

@@ -22,7 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -33,12 +32,13 @@ from torch import Tensor, nn
 from guerdon.batch import Trajectories
 from guerdon.engine.pools import ResourcePool
 from guerdon.engine.remote import RemoteRole
+from guerdon.engine.role_worker import whole_state
 from guerdon.engine.rows import even_sizes
 from guerdon.engine.workers import Future, Worker, WorkerError, WorkerGroup, register
 from guerdon.errors import CheckpointError, UsageError
 from guerdon.experience.environments import Environments, make
 from guerdon.experience.replay import Replay
-from guerdon.experience.rollouts import Rollouts
+from guerdon.experience.rollouts import Rollouts, at
 from guerdon.randomness import mix
 from guerdon.roles import Role, RoleSettings
 from guerdon.tasks.control import Control
@@ -107,14 +107,7 @@ class SamplerWorker(Worker):
     @register(execute="rank_zero", blocking=False)
     def warm_up(self, steps: int) -> Share:
         """``steps`` random steps in each environment, for statistics; then new episodes. The value: observations."""
-        heard: list[Any] = []
-        listener: Any = SimpleNamespace(
-            model=SimpleNamespace(features=SimpleNamespace(scaler=True)), observe=heard.append
-        )
-        self.rollouts.warm_up = steps * self.rollouts.environments.n
-        self.rollouts._take_statistics(listener)
-        self.rollouts.warm_up = 0
-        return self._share(heard[0])
+        return self._share(self.rollouts.random_observations(steps))
 
     @register(execute="rank_zero", blocking=False)
     def collect(self, steps: int, weights: Any, version: int, knobs: dict[str, Any]) -> Share:
@@ -485,13 +478,9 @@ class RemoteRollouts(Rollouts):
     def collect(self, actor: Role, n: int, group_size: int | None = None) -> Trajectories:
         """See `Rollouts.collect`. Log-probabilities are those that the samplers' copies give, and ``version`` says whose
         they are."""
-        env = self.environments
-        if n < 1 or n % env.n:
-            raise UsageError(f"cannot collect {n} steps from {env.n} environments; use a multiple")
-        if group_size not in (None, 1):
-            raise UsageError("environments cannot be asked for groups of answers to one prompt")
+        steps = self._steps_each(n, group_size)
         self._take_statistics(actor)
-        traj = _joined(env.ask("collect", actor, n // env.n))
+        traj = _joined(self.environments.ask("collect", actor, steps))
         self.taken += n
         self._begin_again()
         if self.scaler is not None:  # by one deviation for all, as it was at each step
@@ -499,10 +488,8 @@ class RemoteRollouts(Rollouts):
             assert traj.terminated is not None
             assert traj.truncated is not None
             ended = (traj.terminated | traj.truncated).numpy().T
-            steps = zip(traj.reward.numpy().T, ended, strict=True)
-            scaled = np.stack([self.scaler(reward, done) for reward, done in steps])
-            traj.reward = torch.from_numpy(scaled).transpose(0, 1)
-        if _mirror(actor).model.features.scaler is not None:  # type: ignore[union-attr]
+            traj.reward = torch.from_numpy(self._scaled(traj.reward.numpy().T, ended)).transpose(0, 1)
+        if self._normalises(actor):
             self._fresh = traj.inputs["step", "observation"]
         return traj.to(actor.device)
 
@@ -514,7 +501,7 @@ class RemoteRollouts(Rollouts):
         fields = [_beside(field, axis=1) for field in zip(*parts, strict=True)]
         self._begin_again(into)
         for t in range(steps):
-            observation, action, reward, following, terminated, truncated = (_at(f, t) for f in fields)
+            observation, action, reward, following, terminated, truncated = (at(f, t) for f in fields)
             if self.scaler is not None:
                 reward = self.scaler(reward, terminated | truncated)
             into.add(observation, action, reward, following, terminated, truncated)
@@ -537,15 +524,12 @@ class RemoteRollouts(Rollouts):
         """End the samplers."""
         self.environments.close()
 
-    def _take_statistics(self, actor: Role) -> None:
-        if _mirror(actor).model.features.scaler is None:  # type: ignore[union-attr]
-            return
-        if self._fresh is None and not self.taken and self.warm_up:
-            steps = -(-self.warm_up // self.environments.n)
-            actor.observe(torch.cat(self.environments.ask("warm_up", None, steps)))
-        elif self._fresh is not None:
-            actor.observe(self._fresh)
-        self._fresh = None
+    def random_observations(self, steps: int) -> Any:
+        """See `Rollouts.random_observations`; sampler by sampler."""
+        return torch.cat(self.environments.ask("warm_up", None, steps))
+
+    def _normalises(self, actor: Role) -> bool:
+        return super()._normalises(_mirror(actor))
 
     def _begin_again(self, into: Replay | None = None) -> None:
         """Where new episodes had to begin with a new sampler, nothing that came before runs on into them."""
@@ -573,10 +557,7 @@ def _weights(actor: Role) -> Any:
             actor._pushed()
             return cast(WorkerGroup, actor.workers).call("state", actor.key, False, True)
         actor = actor.mirror
-    state = actor.state_dict()
-    if state["weights"] is None and actor.settings.lora is None:
-        state["weights"] = getattr(actor.model, "core", actor.model).state_dict()
-    return {**state, "optimiser": None}
+    return {**whole_state(actor), "optimiser": None}
 
 
 def _knobs(model: nn.Module) -> dict[str, Any]:
@@ -593,10 +574,6 @@ def _beside(parts: Any, axis: int = 0) -> Any:
     if isinstance(parts[0], dict):
         return {name: _beside([part[name] for part in parts], axis) for name in parts[0]}
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
-
-
-def _at(value: Any, t: int) -> Any:
-    return {name: array[t] for name, array in value.items()} if isinstance(value, dict) else value[t]
 
 
 def _joined(parts: list[Trajectories]) -> Trajectories:

@@ -1,21 +1,21 @@
-"""A small transformer split over the ranks of torch.distributed, to train in one layout and to generate in another.
+"""A small transformer of which each rank of torch.distributed holds a part: one stage, one share of its weights.
 
 The models are those that `guerdon.policies.transformer` knows: the Llama family and GPT-2. Tensor parallelism cuts the
 projections into attention and perceptron by columns and those out of them by rows, embedding and head by tokens of the
-vocabulary (Megatron-LM: Shoeybi et al., 2019, section 3); pipeline parallelism gives each stage a range of blocks and
-runs micro-batches through them, all forward and then all backward (GPipe: Huang et al., 2019).
+vocabulary (Megatron-LM: Shoeybi et al., 2019, section 3); pipeline parallelism gives each stage a range of blocks.
+`guerdon.engine.pipelines` runs the parts together.
 
 What this is for: to show that layouts do not change results, with weights that are really in different places. What it is
-not: a fast engine. Stages wait for each other at the beginning and the end of a batch, communication does not overlap
-with computation, norms are not split over the sequence, the head's logits are gathered whole, and there is neither
-dropout nor activation recomputation.
+not: a fast engine. Communication does not overlap with computation, norms are not split over the sequence, the head's
+logits are gathered whole, and there is neither dropout nor activation recomputation.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,20 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guerdon.engine.protocols import Layout
-from guerdon.engine.reallocation import Mesh, Reallocation
-from guerdon.engine.reshard import (
-    GenerationWeights,
-    Groups,
-    HybridEngine,
-    Parameter,
-    Share,
-    Store,
-    partition,
-)
+from guerdon.engine.shapes import ModelShape
+from guerdon.engine.shards import Groups, Mesh, Parameter, Place, Share, Store, take
 from guerdon.errors import UsageError, nearest
-from guerdon.policies.generation import Generated, inverse_cdf
-from guerdon.randomness import uniform
+from guerdon.randomness import mix
 
 _LLAMAS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -143,6 +133,102 @@ def _split(local: str, a: Architecture) -> tuple[int | None, tuple[int, ...], in
     return None, (), 1  # norms, and biases that are added once, after the sum over the ranks
 
 
+@dataclass(frozen=True)
+class Blueprint:
+    """A model before it is split: what it is, its weights, and their numbers.
+
+    Args:
+        architecture: what it is.
+        parameters: its weights and how each may be split.
+        weights: from a weight to its whole tensor; asked by every rank for the weights of which it holds a share.
+    """
+
+    architecture: Architecture
+    parameters: list[Parameter]
+    weights: Callable[[Parameter], Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Blueprint:
+        """Of a transformers model, see `describe`."""
+        named = {name: weight.detach() for name, weight in model.named_parameters()}
+        return cls(*describe(model), lambda parameter: named[parameter.name])
+
+    @classmethod
+    def gpt(
+        cls,
+        layers: int,
+        width: int,
+        heads: int,
+        vocabulary: int,
+        longest: int,
+        outputs: int | None = None,
+        seed: int = 0,
+        scale: float = 0.02,
+    ) -> Blueprint:
+        """A GPT-2 by its sizes alone, which takes neither the transformers library nor one process that holds it whole.
+
+        Args:
+            layers, width, heads, vocabulary: sizes.
+            longest: positions that it knows.
+            outputs: numbers that come out for a token; None for one a token of the vocabulary, 1 for a critic or a judge.
+            seed: of the weights, which are normal with deviation ``scale``.
+        """
+        head = "lm_head.weight"
+        act = partial(F.gelu, approximate="tanh")
+        sizes = layers, heads, heads, width // heads, width, (width // heads) ** -0.5, 1e-5
+        architecture = Architecture("gpt2", *sizes, act, None, longest, "transformer.wte.weight", head)
+        found = [
+            Parameter("transformer.wte.weight", (vocabulary, width), "first", 0),
+            Parameter("transformer.wpe.weight", (longest, width), "first"),
+        ]
+        for layer in range(layers):
+            for local, inner, outer in (
+                ("ln_1", 0, width),
+                ("attn.c_attn", width, 3 * width),
+                ("attn.c_proj", width, width),
+                ("ln_2", 0, width),
+                ("mlp.c_fc", width, 4 * width),
+                ("mlp.c_proj", 4 * width, width),
+            ):
+                for kind, shape in (("weight", (inner, outer) if inner else (outer,)), ("bias", (outer,))):
+                    name, split = (
+                        f"transformer.h.{layer}.{local}.{kind}",
+                        _split(f"{local}.{kind}", architecture),
+                    )
+                    found.append(Parameter(name, shape, layer, *split))
+        found += [Parameter(f"transformer.ln_f.{kind}", (width,), "last") for kind in ("weight", "bias")]
+        found.append(Parameter(head, (outputs or vocabulary, width), "last", 0))
+        number = {parameter.name: i for i, parameter in enumerate(found)}
+
+        def weights(parameter: Parameter) -> Tensor:
+            if len(parameter.shape) == 1:
+                return torch.full(
+                    parameter.shape, float(".ln_" in parameter.name and "weight" in parameter.name)
+                )
+            generator = torch.Generator().manual_seed(mix(seed, number[parameter.name]))
+            return scale * torch.randn(parameter.shape, generator=generator)
+
+        return cls(architecture, found, weights)
+
+    def cut(self, mesh: Mesh, rank: int, device: torch.device | str = "cpu") -> Store:
+        """A rank's shards."""
+        held = mesh.holding(self.parameters, rank)
+        store = Store.empty(held, device)
+        for name, (parameter, share) in held.items():
+            store.views[name].copy_(take(self.weights(parameter), parameter, share))
+        return store
+
+    def shape(self, name: str = "") -> ModelShape:
+        """Its sizes, for the formulas of `guerdon.engine.cost`."""
+        a, named = self.architecture, {p.name: p for p in self.parameters}
+        gpt2 = a.family == "gpt2"
+        at = "transformer.h.0.mlp.c_fc.weight" if gpt2 else "model.layers.0.mlp.up_proj.weight"
+        inner = max(named[at].shape) if gpt2 else named[at].shape[0]
+        vocabulary, outputs = named[a.embedding].shape[0], named[a.head].shape[0]
+        sizes = a.width, inner, a.layers, vocabulary, a.heads, a.kv_heads, a.size
+        return ModelShape(name or a.family, *sizes, not gpt2, a.embedding == a.head, outputs == 1)
+
+
 # --- communication that gradients pass --------------------------------------------------------------------
 
 
@@ -179,12 +265,14 @@ class _Join(torch.autograd.Function):
     """The ranks' columns side by side; what follows is computed by all alike, so backward each takes its own."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, widths: list[int], index: int) -> Tensor:
-        ctx.widths, ctx.index = widths, index
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, widths: list[int], place: Place) -> Tensor:
+        ctx.widths, ctx.index = widths, place.index
         own = F.pad(x, (0, max(widths) - x.shape[-1])).contiguous()
         rooms = [torch.empty_like(own) for _ in widths]
         dist.all_gather(rooms, own, group=group)
-        return torch.cat([room[..., :width] for room, width in zip(rooms, widths, strict=True)], -1)
+        by_rank = dict(zip(sorted(place.tensor), rooms, strict=True))  # as the group has them
+        shards = [by_rank[rank] for rank in place.tensor]
+        return torch.cat([shard[..., :width] for shard, width in zip(shards, widths, strict=True)], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
@@ -192,28 +280,6 @@ class _Join(torch.autograd.Function):
 
 
 # --- one rank's part of the model ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank is: its stage of ``stages``, its tensor shard of ``shards``, and the ranks it computes with.
-
-    ``tensor`` are the ranks of its tensor group, ``pipeline`` those of its pipeline, stage by stage."""
-
-    stage: int
-    stages: int
-    index: int
-    shards: int
-    tensor: tuple[int, ...]
-    pipeline: tuple[int, ...]
-
-    @property
-    def first(self) -> bool:
-        return self.stage == 0
-
-    @property
-    def last(self) -> bool:
-        return self.stage == self.stages - 1
 
 
 class ShardedTransformer:
@@ -277,7 +343,7 @@ class ShardedTransformer:
             return logits
         head, shards = self.parameters[a.head], self.place.shards
         widths = [head.widths(Share(i, shards))[0] for i in range(shards)]
-        return _Join.apply(logits, self.tensor, widths, self.place.index)
+        return _Join.apply(logits, self.tensor, widths, self.place)
 
     def _block(
         self,
@@ -384,7 +450,7 @@ def _rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
 
-def _look(mask: Tensor, longest: int | None, new: int | None = None) -> tuple[Tensor, Tensor]:
+def look(mask: Tensor, longest: int | None, new: int | None = None) -> tuple[Tensor, Tensor]:
     """Positions ``[B, T]`` and what may be looked at ``[B, T, S]``, of the last ``T = new`` places of texts with ``S``
     places and this mask. A place that is padding looks at itself, so that nothing is divided by zero."""
     length = mask.shape[1]
@@ -395,283 +461,3 @@ def _look(mask: Tensor, longest: int | None, new: int | None = None) -> tuple[Te
     place = torch.arange(length, device=mask.device)
     row = place[length - new :, None]
     return position, ((place <= row) & mask[:, None, :]) | (place == row)
-
-
-# --- training ----------------------------------------------------------------------------------------------
-
-
-def forward_backward(
-    model: ShardedTransformer,
-    micro_batches: Sequence[Mapping[str, Tensor]],
-    loss: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
-) -> Tensor | None:
-    """Gradients of the sum of the micro-batches' losses, through all stages: all forward, then all backward.
-
-    Args:
-        micro_batches: each with ``token`` int64 ``[B, T]``, ``mask`` bool ``[B, T]``, and what the loss reads. Every
-            stage is given the same ones.
-        loss: of logits ``[B, T, V]`` and a micro-batch, a number; the shares of a batch's mean add up where each divides
-            by the weight of the whole batch.
-
-    Returns the summed loss at the last stage, None at the others.
-    """
-    place, width = model.place, model.architecture.width
-    passed: list[tuple[Tensor | None, Tensor]] = []
-    total: Tensor | None = None
-    for batch in micro_batches:
-        token, mask = batch["token"], batch["mask"]
-        position, allowed = _look(mask, model.architecture.longest)
-        hidden = None
-        if not place.first:
-            hidden = _receive(place, -1, (*token.shape, width), model).requires_grad_()
-        out = model(token if hidden is None else hidden, position, allowed)
-        if place.last:
-            out = loss(out, batch)
-            total = out.detach() if total is None else total + out.detach()
-        else:
-            dist.send(out.detach().contiguous(), place.pipeline[place.stage + 1])
-        passed.append((hidden, out))
-    for hidden, out in passed:
-        out.backward(None if place.last else _receive(place, 1, tuple(out.shape), model))
-        if hidden is not None:
-            assert hidden.grad is not None
-            dist.send(hidden.grad.contiguous(), place.pipeline[place.stage - 1])
-    return total
-
-
-@torch.no_grad()
-def log_prob(model: ShardedTransformer, token: Tensor, mask: Tensor) -> Tensor:
-    """``[B, T]``: log-probability of each token given those before it, zero at the first one and where masked.
-
-    The training layout's own: the log-probabilities that ratios are taken to, and what those of sampling are held
-    against. All ranks of a replica give it the same tokens, and all get the answer.
-    """
-    place = model.place
-    position, allowed = _look(mask, model.architecture.longest)
-    shape = (*token.shape, model.architecture.width)
-    out = model(token if place.first else _receive(place, -1, shape, model), position, allowed)
-    if place.last:
-        scores = out[:, :-1].float().log_softmax(-1).gather(-1, token[:, 1:, None]).squeeze(-1)
-        found = F.pad(scores, (1, 0)) * (mask & mask.roll(1, 1))
-        found[:, 0] = 0
-    else:
-        dist.send(out.contiguous(), place.pipeline[place.stage + 1])
-        found = torch.empty(token.shape, device=token.device)
-    if (group := model.groups[place.pipeline]) is not None:
-        dist.broadcast(found, place.pipeline[-1], group=group)
-    return found
-
-
-def _receive(place: Place, step: int, shape: tuple[int, ...], model: ShardedTransformer) -> Tensor:
-    like = next(iter(model.blocks.values()))[0]
-    hidden = torch.empty(shape, dtype=like.dtype, device=like.device)
-    dist.recv(hidden, place.pipeline[place.stage + step])
-    return hidden
-
-
-# --- generating --------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def generate(
-    model: ShardedTransformer,
-    prompts: Sequence[Sequence[int]],
-    seeds: Tensor | Sequence[int],
-    *,
-    end: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    greedy: bool = False,
-) -> Generated:
-    """Answer prompts, as `guerdon.policies.generation.generate` does with the whole model.
-
-    All ranks of a replica are given the same prompts and seeds and come to the same tokens: what is drawn depends on a
-    row's seed alone, and the last stage tells the others.
-    """
-    place, device = model.place, next(iter(model.blocks.values()))[0].device
-    rows, longest = len(prompts), max(map(len, prompts), default=0)
-    token = torch.full((rows, longest), end, device=device)
-    mask = torch.zeros((rows, longest), dtype=torch.bool, device=device)
-    for row, prompt in enumerate(prompts):
-        token[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
-        mask[row, longest - len(prompt) :] = True
-    draws = None if greedy else uniform(seeds, (max_new_tokens,), device)
-    cache: dict[int, tuple[Tensor, Tensor]] = {}
-    answer = torch.full((rows, max_new_tokens), end, device=device)
-    log_prob = torch.zeros((rows, max_new_tokens), device=device)
-    alive = torch.ones(rows, dtype=torch.bool, device=device)
-    said = torch.zeros((rows, max_new_tokens), dtype=torch.bool, device=device)
-    new, t = token, 0
-    while t < max_new_tokens and bool(alive.any()):
-        position, allowed = _look(mask, model.architecture.longest, new.shape[1])
-        x = new if place.first else _receive(place, -1, (*new.shape, model.architecture.width), model)
-        out = model(x, position, allowed, cache)
-        if place.last:
-            logits = out[:, -1].float() / temperature
-            if draws is None:
-                chosen = logits.argmax(-1, keepdim=True)
-            else:
-                chosen, _ = inverse_cdf((logits - logits.amax(-1, keepdim=True)).exp(), draws[:, t])
-            step = chosen.squeeze(1)
-            score = logits.log_softmax(-1).gather(1, chosen).squeeze(1)
-        else:
-            dist.send(out.contiguous(), place.pipeline[place.stage + 1])
-            step, score = torch.empty_like(answer[:, t]), torch.empty_like(log_prob[:, t])
-        if (group := model.groups[place.pipeline]) is not None:
-            for said_by_last in (step, score):
-                dist.broadcast(said_by_last, place.pipeline[-1], group=group)
-        answer[:, t] = torch.where(alive, step, end)
-        log_prob[:, t] = torch.where(alive, score, 0.0)
-        said[:, t] = alive
-        alive = alive & (step != end)
-        new = answer[:, t : t + 1]
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        t += 1
-    return Generated(answer[:, :t], log_prob[:, :t], said[:, :t])
-
-
-# --- the actor: one model, two layouts -----------------------------------------------------------------------
-
-
-class ShardedActor:
-    """A causal language model that trains in one layout and generates in another, on the ranks of torch.distributed.
-
-    Every rank makes one from the same model, and all ranks call its methods together.
-
-    Args:
-        model: a transformers model, the same on every rank; its weights are copied, the own shards only.
-        train: the training layout, over all ranks.
-        pp, tp: of generation; None as in training.
-        engine: how weights get from one to the other: "hybridflow" or "vanilla", see `guerdon.engine.reshard`.
-
-    ``weights`` are this rank's shards, for an optimiser: they are views of one flat tensor, and stay so.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        train: Layout,
-        pp: int | None = None,
-        tp: int | None = None,
-        engine: str = "hybridflow",
-    ) -> None:
-        if engine == "zero":
-            raise UsageError(
-                "pieces of ZeRO do not compute by themselves; use engine 'hybridflow' or 'vanilla'"
-            )
-        self.architecture, self.parameters = describe(model)
-        self.train, self.rank = train, dist.get_rank()
-        self.groups = Groups()
-        pp, tp = train.pp if pp is None else pp, train.tp if tp is None else tp
-        self.engine = HybridEngine(self.parameters, train, pp, tp, engine, self.groups)
-        ranks, key = range(dist.get_world_size()), self.engine.layout.coordinates
-        coordinates = {r: train.coordinates(r) for r in ranks}
-        tensor = partition(ranks, lambda r: coordinates[r][:2])
-        pipeline = partition(ranks, lambda r: (coordinates[r][0], coordinates[r][2]))
-        self._data = partition(ranks, lambda r: coordinates[r][1:])
-        generation = [self.engine.layout.groups("tp"), self.engine.layout.groups("pp")]
-        self.groups.make(g for family in (tensor, pipeline, self._data, *generation) for g in family)
-
-        def mine(family: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-            return next(group for group in family if self.rank in group)
-
-        _, stage, index = coordinates[self.rank]
-        self.place = Place(stage, train.pp, index, train.tp, mine(tensor), mine(pipeline))
-        _, _, stage, index = key(self.rank)
-        self.generation_place = Place(stage, pp, index, tp, mine(generation[0]), mine(generation[1]))
-        self.store = Store.cut(self.parameters, dict(model.named_parameters()), train, self.rank)
-        self.weights = {name: nn.Parameter(view) for name, view in self.store.views.items()}
-        self.model = ShardedTransformer(
-            self.architecture,
-            self.parameters,
-            self.place,
-            self.groups,
-            {name: [weight] for name, weight in self.weights.items()},
-            [Share(self.place.index, train.tp)],
-        )
-
-    def forward_backward(
-        self,
-        micro_batches: Sequence[Mapping[str, Tensor]],
-        loss: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
-    ) -> Tensor:
-        """Gradients of the whole batch's loss on all ranks, and that loss, from this replica's micro-batches; see
-        `forward_backward`. The replicas' losses are summed: each divides by the weight of the whole batch."""
-        total = forward_backward(self.model, micro_batches, loss)
-        device = self.store.flat.device
-        found = torch.zeros((), device=device) if total is None else total.float().reshape(()).clone()
-        data = self.groups[next(g for g in self._data if self.rank in g)]
-        if data is not None:
-            dist.all_reduce(found, group=data)
-            for weight in self.weights.values():
-                if weight.grad is None:
-                    weight.grad = torch.zeros_like(weight)
-                dist.all_reduce(weight.grad, group=data)
-        if (pipeline := self.groups[self.place.pipeline]) is not None:
-            dist.broadcast(found, self.place.pipeline[-1], group=pipeline)
-        return found
-
-    def gradient_norm(self) -> Tensor:
-        """The norm of the whole model's gradient, weights that several ranks hold counted once."""
-        total = self.store.flat.new_zeros(2)  # of weights that are split, and of those that are not
-        for parameter in self.parameters:
-            weight = self.weights.get(parameter.name)
-            if weight is not None and weight.grad is not None:
-                total[int(parameter.dim is None)] += weight.grad.square().sum()
-        if (tensor := self.groups[self.place.tensor]) is not None:
-            split = total[:1].clone()
-            dist.all_reduce(split, group=tensor)
-            total[:1] = split
-        norm = total.sum()
-        if (pipeline := self.groups[self.place.pipeline]) is not None:
-            dist.all_reduce(norm, group=pipeline)
-        return norm.sqrt()
-
-    def generation_weights(self) -> GenerationWeights:
-        """The weights to generate with; close them before training goes on."""
-        return self.engine.gather(self.store)
-
-    def generator(self, weights: GenerationWeights) -> ShardedTransformer:
-        """This rank's part of the model in the generation layout."""
-        return ShardedTransformer(
-            self.architecture,
-            self.parameters,
-            self.generation_place,
-            self.groups,
-            weights.blocks,
-            weights.shares,
-        )
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Tensor, fill: int = 0, **options: Any
-    ) -> Generated:
-        """Answer a batch of prompts: each replica its share, after which every rank has those of its training replica.
-
-        Args:
-            prompts, seeds: of the whole batch, the same on all ranks.
-            fill: the token that shorter answers are filled up with.
-            options: of `generate`.
-        """
-        rows = self.engine.rows(len(prompts))
-        with self.generation_weights() as weights:
-            own = generate(self.generator(weights), prompts[rows], seeds[rows], **options)
-        count = len(prompts)
-        return Generated(
-            self.engine.gather_rows(own.token, count, fill),
-            self.engine.gather_rows(own.log_prob, count),
-            self.engine.gather_rows(own.mask, count),
-        )
-
-    def holding(self) -> dict[str, tuple[Parameter, Share]]:
-        """This rank's share of each weight that it trains."""
-        return Mesh(self.train).holding(self.parameters, self.rank)
-
-    def close(self) -> None:
-        """Give the process groups back; the world's stays."""
-        self.groups.close()
-
-    def state(self) -> dict[str, Tensor]:
-        """The whole model's weights, on every rank."""
-        source, target = Mesh(self.train), Mesh(Layout(dp=dist.get_world_size()))
-        everywhere = Reallocation(self.parameters, source, target, groups=self.groups)
-        return everywhere.run(self.store.views, device=self.store.flat.device)

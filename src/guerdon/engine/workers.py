@@ -20,7 +20,7 @@ import atexit
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -384,16 +384,20 @@ class WorkerGroup:
         blocking: bool | None = None,
         protocol: str | None = None,
         rows: HowRows | None = None,
+        ranks: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Call ``method`` of the workers; what is None is as it was registered. Any method may be named, registered or not.
+
+        Args:
+            ranks: the workers that are called, where not all are; the others' answers are None.
 
         Raises:
             UsageError: no such method, or arguments that do not fit the protocol.
             WorkerError: a worker died, stopped answering, or took longer than ``call_limit``.
             Exception: what the method raised in a worker, with a note that says which and where.
         """
-        return self._call(method, args, kwargs, blocking, protocol, rows)
+        return self._call(method, args, kwargs, blocking, protocol, rows, ranks)
 
     def _call(
         self,
@@ -403,6 +407,7 @@ class WorkerGroup:
         blocking: bool | None = None,
         protocol: str | None = None,
         rows: HowRows | None = None,
+        only: Sequence[int] | None = None,
     ) -> Any:
         self._check_usable()
         mark = self._methods.get(method)
@@ -422,7 +427,10 @@ class WorkerGroup:
                 f"the protocol '{found.name}' made arguments for {len(calls)} of {self.world_size} workers of '{self.name}'"
             )
         waits = mark.blocking if blocking is None else blocking
-        tickets = self._submit(method, calls, ranks, mark, not waits)
+        active = range(self.world_size) if mark.execute == "all" else [0]
+        if only is not None:
+            active, ranks = sorted(set(only) & set(active)), [rank for rank in ranks if rank in only]
+        tickets = self._submit(method, calls, ranks, mark, not waits, active)
         if not waits:
             future = Future(self, info, found, tickets, ranks)
             self._futures.add(future)
@@ -453,12 +461,19 @@ class WorkerGroup:
         return tuple(mesh[name] for mesh in self._meshes)
 
     def _submit(
-        self, method: str, calls: Any, ranks: list[int], mark: Registration, keep: bool
+        self,
+        method: str,
+        calls: Any,
+        ranks: list[int],
+        mark: Registration,
+        keep: bool,
+        active: Sequence[int],
     ) -> dict[int, Any]:
-        active = [0] if mark.execute == "rank_zero" else range(self.world_size)
+        if not active:
+            return {}
         named: list[dict[Any, Any]] = []
-        for rank in active:
-            same = named and calls[rank] is calls[rank - 1]
+        for rank, before in zip(active, [-1, *active], strict=False):
+            same = named and calls[rank] is calls[before]
             named.append(named[-1] if same else self._named(calls[rank]))
         first = named[0]
         if all(other is first for other in named):

@@ -6,7 +6,7 @@ compare a group's answers (group-relative advantages, leave-one-out baselines, p
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ class Episodes:
         random = np.random.Generator(np.random.PCG64(mix(self.seed, 0xE9, self.rows)))
         self.rows += n
         observation = env.reset([mix(self.seed, 0x57A, int(k)) % 2**31 for k in start])
-        act, kind = actor.acting(), actor.model.noise  # type: ignore[union-attr]
+        act, kind = actor.acting(), cast(tuple[str, int], actor.model.noise)
         running = np.ones(n, dtype=bool)
         steps: list[tuple[Any, dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
         while running.any():
@@ -83,7 +83,8 @@ class Episodes:
 
     def _trajectories(self, actor: Role, steps: list[Any], group: Tensor) -> Trajectories:
         rows, length = len(group), len(steps)
-        seen, kept = room(steps[0][0], length), {}
+        seen = room(steps[0][0], length)
+        kept: dict[str, np.ndarray] = {}
         for t, (observation, out, *_) in enumerate(steps):
             put(seen, t, observation)
             for name, value in out.items():

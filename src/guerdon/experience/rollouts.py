@@ -76,15 +76,10 @@ class Rollouts:
 
         Raises `UsageError` when ``n`` is no positive multiple of the number of environments.
         """
-        env = self.environments
-        if n < 1 or n % env.n:
-            raise UsageError(f"cannot collect {n} steps from {env.n} environments; use a multiple")
-        if group_size not in (None, 1):
-            raise UsageError("environments cannot be asked for groups of answers to one prompt")
+        env, steps = self.environments, self._steps_each(n, group_size)
         self._take_statistics(actor)
-        steps = n // env.n
         act, observation = actor.acting(), self._observation()
-        noise = draw_noise(self.random, actor.model.noise, (steps, env.n))  # type: ignore[union-attr]
+        noise = draw_noise(self.random, actor.model.noise, (steps, env.n))  # type: ignore[arg-type]
         kept: dict[str, Any] = {}
         reward = np.empty((steps, env.n), dtype=np.float32)
         terminated = np.empty((steps, env.n), dtype=bool)
@@ -102,16 +97,12 @@ class Rollouts:
             reward[t], terminated[t], truncated[t] = step.reward, step.terminated, step.truncated
             if step.final is not None:
                 for row in np.flatnonzero(step.terminated | step.truncated):
-                    cuts.append((int(row), t, _row(step.final, int(row))))
+                    cuts.append((int(row), t, at(step.final, int(row))))
             observation = step.observation
         self.taken += n
         for row in np.flatnonzero(~(terminated[-1] | truncated[-1])):
-            cuts.append((int(row), steps - 1, _row(observation, int(row))))
-        scaled = reward
-        if self.scaler is not None:
-            scaled = np.stack(
-                [self.scaler(r, d) for r, d in zip(reward, terminated | truncated, strict=True)]
-            )
+            cuts.append((int(row), steps - 1, at(observation, int(row))))
+        scaled = self._scaled(reward, terminated | truncated)
         rows = env.n
         inputs = TensorDict(
             {
@@ -138,7 +129,7 @@ class Rollouts:
         }
         traj = Trajectories.from_tensordict(TensorDict(fields, batch_size=[rows])).to(actor.device)
         traj.log_prob = actor.log_prob(traj)
-        if actor.model.features.scaler is not None:  # type: ignore[union-attr]
+        if self._normalises(actor):
             self._fresh = inputs["step", "observation"]
         return traj
 
@@ -154,7 +145,7 @@ class Rollouts:
         env, observation = self.environments, self._observation()
         act = None if actor is None else actor.acting()
         if actor is not None:
-            noise = draw_noise(self.random, actor.model.noise, (steps, env.n))  # type: ignore[union-attr]
+            noise = draw_noise(self.random, actor.model.noise, (steps, env.n))  # type: ignore[arg-type]
         for t in range(steps):
             action = self._random_action() if act is None else act(observation, noise[t])["action"]
             step = env.step(action)
@@ -200,20 +191,46 @@ class Rollouts:
             return self.random.uniform(space.low, space.high, (n, *space.shape)).astype(np.float32)
         return np.stack([space.sample() for _ in range(n)])
 
+    def _steps_each(self, n: int, group_size: int | None) -> int:
+        """The steps that each environment takes where `collect` is asked for ``n``. Raises `UsageError` for what it cannot
+        be asked."""
+        each, rest = divmod(n, self.environments.n)
+        if n < 1 or rest:
+            raise UsageError(
+                f"cannot collect {n} steps from {self.environments.n} environments; use a multiple"
+            )
+        if group_size not in (None, 1):
+            raise UsageError("environments cannot be asked for groups of answers to one prompt")
+        return each
+
+    def _scaled(self, reward: np.ndarray, ended: np.ndarray) -> np.ndarray:
+        """Rewards ``[T, environments]`` as they are learned from: each by the deviation as it was at its step."""
+        if self.scaler is None:
+            return reward
+        return np.stack([self.scaler(r, e) for r, e in zip(reward, ended, strict=True)])
+
+    def _normalises(self, actor: Role) -> bool:
+        """Whether the actor keeps statistics of its observations."""
+        return actor.model.features.scaler is not None  # type: ignore[union-attr]
+
     def _take_statistics(self, actor: Role) -> None:
-        if actor.model.features.scaler is None:  # type: ignore[union-attr]
+        if not self._normalises(actor):
             return
         if self._fresh is None and not self.taken and self.warm_up:
-            env = self.environments
-            parts = [to_tensor(self._observation())]
-            for _ in range(-(-self.warm_up // env.n)):
-                parts.append(to_tensor(env.step(self._random_action()).observation))
-            actor.observe(torch.cat(parts))
-            env.finished()
-            env.reset()
+            actor.observe(self.random_observations(-(-self.warm_up // self.environments.n)))
         elif self._fresh is not None:
             actor.observe(self._fresh)
         self._fresh = None
+
+    def random_observations(self, steps: int) -> Any:
+        """What ``steps`` random steps in every environment show, ``[(steps + 1) environments, ...]``; then new episodes."""
+        env = self.environments
+        parts = [to_tensor(self._observation())]
+        for _ in range(steps):
+            parts.append(to_tensor(env.step(self._random_action()).observation))
+        env.finished()
+        env.reset()
+        return torch.cat(parts)
 
     # -- files ---------------------------------------------------------------------------------------------
 
@@ -272,8 +289,9 @@ def put(room: Any, t: int, value: Any) -> None:
         room[t] = value
 
 
-def _row(value: Any, row: int) -> Any:
-    return {k: v[row] for k, v in value.items()} if isinstance(value, dict) else value[row]
+def at(value: Any, place: int) -> Any:
+    """What stands at ``place`` along the first axis."""
+    return {k: v[place] for k, v in value.items()} if isinstance(value, dict) else value[place]
 
 
 def with_rows(base: Any, other: Any, rows: np.ndarray) -> Any:

@@ -82,7 +82,8 @@ def measure(actor: Role, column: Column, feedback: Any) -> tuple[float, float]:
 
 def whole_groups(batch: Batch, parts: int, generator: torch.Generator) -> Iterator[Batch]:
     """The batch in ``parts`` that keep groups together, groups in random order; parts without a row are left out."""
-    group: Tensor = (batch.chosen if isinstance(batch, Preferences) else batch).group
+    traj: Any = batch.chosen if isinstance(batch, Preferences) else batch
+    group: Tensor = traj.group
     if not len(group):
         return
     places, index = group.unique(return_inverse=True)
@@ -176,18 +177,21 @@ def _measured(
     missing: Sequence[tuple[str, str, int, str]], jobs: int, plugins: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     if jobs == 1 or len(missing) < 2:
-        _prepare(plugins, threads=None)
-        yield from map(_one, missing)
+        threads = torch.get_num_threads()
+        try:
+            _prepare(plugins)
+            yield from map(_one, missing)
+        finally:
+            torch.set_num_threads(threads)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _prepare, (plugins, 1, os.getpid())) as pool:
+    with ProcessPoolExecutor(jobs, context, _prepare, (plugins, os.getpid())) as pool:
         for future in as_completed([pool.submit(_one, key) for key in missing]):
             yield future.result()
 
 
-def _prepare(plugins: Sequence[str], threads: int | None, parent: int | None = None) -> None:
-    if threads is not None:
-        torch.set_num_threads(threads)
+def _prepare(plugins: Sequence[str], parent: int | None = None) -> None:
+    torch.set_num_threads(1)  # in this process too: the same figures however many run side by side
     if parent is not None:
         threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     for path in plugins:

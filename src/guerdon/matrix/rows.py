@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from guerdon.batch import Batch, Trajectories
 from guerdon.credit import group_relative
@@ -39,9 +40,15 @@ def standardised(traj: Trajectories) -> Trajectories:
     return traj.with_(reference_log_prob=traj.log_prob)
 
 
+def group(traj: Trajectories) -> Tensor:
+    """Which prompt each row answers."""
+    assert traj.group is not None  # experience in groups says so
+    return traj.group
+
+
 def with_advantage(actor: Any, traj: Trajectories) -> Trajectories:
     """Each step's advantage is that of its answer within the group (Shao et al., 2024)."""
-    traj.advantage = traj.per_step(group_relative(traj.score(), traj.group))
+    traj.advantage = traj.per_step(group_relative(traj.score(), group(traj)))
     return traj
 
 
@@ -54,7 +61,7 @@ def with_last_policy(actor: Any, traj: Trajectories) -> Trajectories:
 
 def with_weight(actor: Any, traj: Trajectories) -> Trajectories:
     """In place of the advantage ``exp(A / 0.5)``, the weight of advantage-weighted regression (Peng et al., 2019)."""
-    traj.advantage = traj.per_step((group_relative(traj.score(), traj.group) / 0.5).exp())
+    traj.advantage = traj.per_step((group_relative(traj.score(), group(traj)) / 0.5).exp())
     return traj
 
 
@@ -65,14 +72,14 @@ def as_they_are(actor: Any, traj: Trajectories) -> Trajectories:
 
 def the_best(actor: Any, traj: Trajectories) -> Trajectories:
     """The best answer of each group; the rest is rejected."""
-    return traj[best_of_n(traj.score(), traj.group)]
+    return traj[best_of_n(traj.score(), group(traj))]
 
 
 def ranked_pairs(actor: Any, traj: Trajectories) -> Batch:
     """Random disjoint pairs within groups, the better one chosen; pairs of equals are left out."""
     score = traj.score()
     generator = torch.Generator().manual_seed(int(actor.updates))
-    pairs = first_round(traj.group, lambda a, b: (score[a] - score[b]).sign() / 2 + 0.5, generator)
+    pairs = first_round(group(traj), lambda a, b: (score[a] - score[b]).sign() / 2 + 0.5, generator)
     return pairs.where(pairs.strength > 0.5).of(traj)
 
 

@@ -341,7 +341,7 @@ def draw(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from guerdon.run.plots import PALETTE
+    from guerdon.run.plots import PALETTE, save
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained", width_ratios=(3, 2))
 
@@ -351,7 +351,6 @@ def draw(results: Results, path: Path) -> None:
         for x, found in zip(place, values, strict=True):
             panel.plot([x] * len(found), found, "k.", markersize=4)
         panel.set_xticks(place, names, rotation=40, ha="right", fontsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
 
     arms = [arm for arm in results if arm not in ("bandit", "reference")]
     shade = {"noisy": PALETTE[1], "clean": PALETTE[0], "constant": PALETTE[3]}
@@ -364,11 +363,9 @@ def draw(results: Results, path: Path) -> None:
     if "reference" in results:
         level = np.mean([f["reward"] for f in results["reference"].values()])
         axes[0].axhline(level, color="#777777", linewidth=1, linestyle="--", label="reference")
-        axes[0].legend(frameon=False, fontsize=8)
     axes[0].set(title="film reviews", ylabel="gold reward on held-out prompts")
     if "bandit" in results:
         names = [name for name in next(iter(results["bandit"].values())) if name != "wall_seconds"]
         bars(axes[1], names, [_bandits(results, name).tolist() for name in names], [PALETTE[2]] * len(names))
     axes[1].set(title="contextual bandit", ylabel="mean reward")
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save(figure, path)

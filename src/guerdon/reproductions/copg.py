@@ -324,7 +324,7 @@ def draw(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from guerdon.run.plots import PALETTE
+    from guerdon.run.plots import PALETTE, save
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
     for colour, name in zip(PALETTE, BASELINES, strict=False):
@@ -344,13 +344,7 @@ def draw(results: Results, path: Path) -> None:
             mark, colour = "os"[i // len(PALETTE) % 2], PALETTE[i % len(PALETTE)]
             right.plot(x, y, mark, color=colour, label=arm, markersize=5)
     right.set(title="language model, means over seeds", xlabel="KL to the reference", ylabel="gold reward")
-    for panel in (left, right):
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(color="#E3E3E3", linewidth=0.6)
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _frontier(seed: int) -> list[list[float]]:

@@ -317,7 +317,7 @@ def draw(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from guerdon.run.plots import PALETTE
+    from guerdon.run.plots import PALETTE, save
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
     for colour, arm in zip(PALETTE, _LEARNED, strict=False):
@@ -345,10 +345,4 @@ def draw(results: Results, path: Path) -> None:
     axes[1].set(
         xlabel="KL of the last policy from the untrained", ylabel="worst case of the mean of iterations"
     )
-    for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(color="#E3E3E3", linewidth=0.6)
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save(figure, path)

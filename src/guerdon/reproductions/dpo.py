@@ -358,7 +358,7 @@ def draw(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from guerdon.run.plots import PALETTE
+    from guerdon.run.plots import PALETTE, save
 
     figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
     if "DPO" in results:
@@ -384,9 +384,4 @@ def draw(results: Results, path: Path) -> None:
             )
     for panel, title in zip(panels, ("EnumLM, exact", "film reviews, 2000 samples"), strict=True):
         panel.set(title=title, xlabel="KL to the reference (nats an answer)", ylabel="gold reward")
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(color="#E3E3E3", linewidth=0.6)
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save(figure, path)

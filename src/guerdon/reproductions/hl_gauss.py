@@ -192,7 +192,7 @@ def draw(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from guerdon.run.plots import PALETTE
+    from guerdon.run.plots import PALETTE, save
 
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout="constrained")
     for panel, what, key, title in (
@@ -214,8 +214,4 @@ def draw(results: Results, path: Path) -> None:
                 steps, length = zip(*f["course"], strict=True)
                 panel.plot(steps, length, color=colour, linewidth=1.2, label=head if i == 0 else None)
         panel.set(title=f"DQN on CartPole, reward noise up to {noise}", xlabel="steps")
-        panel.legend(frameon=False, fontsize=8)
-    for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save(figure, path)

@@ -732,7 +732,7 @@ def draw(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from guerdon.run.plots import PALETTE
+    from guerdon.run.plots import PALETTE, save
 
     figure, axes = plt.subplots(2, 2, figsize=(10, 7.2), layout="constrained")
     control, learning, bytes_, placed = axes.flat
@@ -767,10 +767,5 @@ def draw(results: Results, path: Path) -> None:
         placed.axhline(1, color="#B0B0B0", linewidth=0.8)
     placed.set(title="PPO, 34B (simulated)", xlabel="GPUs", ylabel="time over that of the searched plan")
     for panel in axes.flat:
-        panel.spines[["top", "right"]].set_visible(False)
         panel.set_axisbelow(True)
-        panel.grid(color="#E3E3E3", linewidth=0.6)
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save(figure, path)

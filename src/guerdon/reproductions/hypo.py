@@ -357,7 +357,7 @@ def draw(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from guerdon.run.plots import PALETTE
+    from guerdon.run.plots import PALETTE, save
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     for colour, kl in zip(PALETTE, LAMBDAS, strict=False):
@@ -377,10 +377,4 @@ def draw(results: Results, path: Path) -> None:
             name = arm.removeprefix("bandits").lstrip(", ")
             axes[2].plot(x, y, mark, color=colour, label=name, markersize=5)
     axes[2].set(title="bandits", xlabel="mass on hidden arms", ylabel="gold reward")
-    for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(color="#E3E3E3", linewidth=0.6)
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save(figure, path)

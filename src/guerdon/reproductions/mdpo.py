@@ -249,7 +249,7 @@ def draw(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from guerdon.run.plots import PALETTE
+    from guerdon.run.plots import PALETTE, save
 
     names = list(ARMS)[1:]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
@@ -262,9 +262,4 @@ def draw(results: Results, path: Path) -> None:
                 curves = [np.interp(grid, course[:, 0], course[:, 1]) for course in courses]
                 panel.plot(grid / 1000, np.mean(curves, 0), color=colour, label=arm, linewidth=1.5)
         panel.set(title=title, xlabel="thousand steps", ylabel="return of the last 100 episodes")
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(color="#E3E3E3", linewidth=0.6)
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save(figure, path)

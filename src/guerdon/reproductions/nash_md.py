@@ -357,7 +357,7 @@ def draw(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from guerdon.run.plots import PALETTE
+    from guerdon.run.plots import PALETTE, save
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
     for by_seed in list(results.get("exact", {}).values())[:1]:
@@ -380,10 +380,4 @@ def draw(results: Results, path: Path) -> None:
                 linewidth=1.5,
             )
     axes[1].set(title="language model", xlabel="rounds", ylabel="regularised exploitability", yscale="log")
-    for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(color="#E3E3E3", linewidth=0.6)
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save(figure, path)

@@ -168,7 +168,7 @@ def draw(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from guerdon.run.plots import PALETTE
+    from guerdon.run.plots import PALETTE, save
 
     environments = list(dict.fromkeys(arm.split()[-1] for arm in results))
     figure, axes = plt.subplots(
@@ -186,8 +186,5 @@ def draw(results: Results, path: Path) -> None:
                 elif "recent" in f:
                     panel.plot(f["steps"], f["recent"], "x", color=colour, label="SB3" if i == 0 else None)
         panel.set(title=env, xlabel="environment steps")
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False, fontsize=8)
     axes[0][0].set(ylabel="return, mean of 100 episodes")
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save(figure, path)

@@ -555,7 +555,7 @@ def draw(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from guerdon.run.plots import PALETTE
+    from guerdon.run.plots import PALETTE, save
 
     figure, (clocks, settings, course) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     found = list(results.get("clock", {}).values())
@@ -590,10 +590,5 @@ def draw(results: Results, path: Path) -> None:
     if found:
         course.set_xscale("log")
     for panel in (clocks, settings, course):
-        panel.spines[["top", "right"]].set_visible(False)
         panel.set_axisbelow(True)
-        panel.grid(color="#E3E3E3", linewidth=0.6)
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save(figure, path)

@@ -223,7 +223,7 @@ def draw(results: Results, path: Path) -> None:
     import matplotlib.pyplot as plt
     import numpy as np
 
-    from guerdon.run.plots import PALETTE
+    from guerdon.run.plots import PALETTE, save
 
     arms: list[str] = [
         a for a in ("rlcm 60 s", "kl 60 s", "rebel 20 s", "shuffled 60 s", "ddpo 60 s") if a in results
@@ -245,9 +245,4 @@ def draw(results: Results, path: Path) -> None:
     left.axhline(1.5, color="#888888", linewidth=0.8, linestyle=":")
     left.set(xlabel="seconds of training", ylabel="gain in reward (untrained sd)")
     right.set(xlabel="gain in reward (untrained sd)", ylabel="prompts right (%)", ylim=(0, 103))
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#E3E3E3", linewidth=0.6)
-    left.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save(figure, path)

@@ -323,7 +323,7 @@ def draw(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from guerdon.run.plots import PALETTE
+    from guerdon.run.plots import PALETTE, save
 
     figure, axes = plt.subplots(1, 5, figsize=(18, 3.6), layout="constrained")
     panels = [("maze", 2), ("maze", 1), ("aisles", 2), ("room", 2), ("mountain car", 2)]
@@ -335,8 +335,4 @@ def draw(results: Results, path: Path) -> None:
                 panel.plot(course[:, 0] / 1000, course[:, column], color=colour, label=label, linewidth=1.3)
         what = "cells visited" if column == 1 else "share of episodes that arrive"
         panel.set(title=place, xlabel="thousand steps", ylabel=what)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(color="#E3E3E3", linewidth=0.6)
-    axes[0].legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save(figure, path)

@@ -433,7 +433,7 @@ def draw(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from guerdon.run.plots import PALETTE
+    from guerdon.run.plots import PALETTE, save
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
     found = list(results.get("misspecified", {}).values())
@@ -460,9 +460,6 @@ def draw(results: Results, path: Path) -> None:
         title="language model, means over seeds", xlabel="win rate by the judge", ylabel="gold win rate"
     )
     for panel in (left, right):
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(color="#E3E3E3", linewidth=0.6)
         if panel.get_legend_handles_labels()[0]:
             panel.legend(frameon=False, fontsize=6.5)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save(figure, path)

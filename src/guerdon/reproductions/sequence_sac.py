@@ -185,7 +185,7 @@ def draw(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from guerdon.run.plots import PALETTE
+    from guerdon.run.plots import PALETTE, save
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.9), layout="constrained")
     for i, (arm, figures) in enumerate(_curves(results).items()):
@@ -198,9 +198,4 @@ def draw(results: Results, path: Path) -> None:
                 right.plot(*np.array(f["course"]).T, color=colour, linewidth=1.1)
     left.set(xlabel="actions from one observation", ylabel="return")
     right.set(xlabel="environment steps", ylabel="return in training (last 100 episodes)")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#E3E3E3", linewidth=0.6)
-    left.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save(figure, path)

@@ -225,7 +225,7 @@ def draw(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from guerdon.run.plots import PALETTE
+    from guerdon.run.plots import PALETTE, save
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.7), layout="constrained")
     panels = (
@@ -250,16 +250,10 @@ def draw(results: Results, path: Path) -> None:
                     grid / 1000, np.ma.masked_invalid(curves).mean(0), color=colour, label=arm, linewidth=1.5
                 )
         panel.set(title=title, xlabel="thousand steps", ylabel="return of an episode")
-        panel.legend(frameon=False, fontsize=8)
     for figures in list(results.get("stream TD", {}).values())[:1]:
         shown = np.array(figures["shown"])
         at = np.arange(len(shown)) * 10
         axes[2].plot(at, shown[:, 1], color=PALETTE[1], label="what came", linewidth=1.5)
         axes[2].plot(at, shown[:, 0], color=PALETTE[0], label="predicted", linewidth=1.5)
-        axes[2].legend(frameon=False, fontsize=8)
     axes[2].set(title="series", xlabel="step of the last 2,000", ylabel="discounted sum to come")
-    for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(color="#E3E3E3", linewidth=0.6)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save(figure, path)

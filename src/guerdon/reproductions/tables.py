@@ -120,4 +120,6 @@ def main(paths: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or ["docs/results.md", "docs/language.md", "docs/matrix.md"]))
+    sys.exit(
+        main(sys.argv[1:] or ["docs/results.md", "docs/language.md", "docs/matrix.md", "docs/planner.md"])
+    )

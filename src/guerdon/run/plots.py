@@ -226,6 +226,20 @@ def _moving(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
+def save(figure: Any, path: str | Path) -> None:
+    """Write a figure of panels: light grids, open frames, and a legend wherever there are labels and none yet."""
+    for panel in figure.axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(color=_GRID, linewidth=0.6)
+        if panel.get_legend() is None and panel.get_legend_handles_labels()[0]:
+            panel.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=140)
+    if hasattr(figure, "number"):  # one of pyplot's, which keeps it otherwise
+        import matplotlib.pyplot as plt
+
+        plt.close(figure)
+
+
 def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -16,16 +16,10 @@ from guerdon.batch import Preferences, Trajectories
 from guerdon.critics.state import LanguageCritic
 from guerdon.errors import UsageError
 from guerdon.experience.completions import Completions
-from guerdon.experience.datasets import (
-    Data,
-    load_demonstrations,
-    load_preferences,
-    load_prompts,
-    load_rated,
-    train_test_split,
-)
+from guerdon.experience.datasets import Data, load_demonstrations, load_preferences, load_prompts, load_rated
 from guerdon.experience.prompts import Prompts
 from guerdon.experience.rows import read_rows
+from guerdon.experience.views import train_test_split
 from guerdon.feedback.base import Feedback
 from guerdon.feedback.functions import parse_reward
 from guerdon.feedback.reward_model import RewardModel

@@ -23,8 +23,9 @@ from torch import Tensor
 from guerdon.critics.prompt_value import HeadName, PromptValue, advantages, fit_prompt_value, prompt_states
 from guerdon.errors import UsageError
 from guerdon.evaluation.language import answer_figures
-from guerdon.experience.datasets import Data, Rescored, Subset, cached_reference
+from guerdon.experience.datasets import Data
 from guerdon.experience.prompts import Prompted
+from guerdon.experience.views import Rescored, Subset, cached_reference
 from guerdon.feedback.base import Feedback
 from guerdon.objectives.likelihood import Ratio, Weighing, WeightedLikelihood
 from guerdon.objectives.sides import with_reference

@@ -13,8 +13,9 @@ import torch
 
 from guerdon.errors import UsageError
 from guerdon.experience.base import Grouped
-from guerdon.experience.datasets import Data, Groups, Subset, cached_reference
+from guerdon.experience.datasets import Data
 from guerdon.experience.recent import Recent, distinct, regrouped
+from guerdon.experience.views import Groups, Subset, cached_reference
 from guerdon.feedback.base import Feedback
 from guerdon.objectives.contrastive import Baseline, ContrastivePolicyGradient
 from guerdon.objectives.sides import with_reference

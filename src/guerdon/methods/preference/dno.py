@@ -13,8 +13,9 @@ import torch
 
 from guerdon.batch import Trajectories
 from guerdon.errors import FeedbackError, UsageError
-from guerdon.experience.datasets import Data, split_rows
+from guerdon.experience.datasets import Data
 from guerdon.experience.pairs import PairReplay, beside_teacher, pooled, soft_pairs, teacher_wins, win_rates
+from guerdon.experience.views import split_rows
 from guerdon.feedback.base import Feedback, compare
 from guerdon.objectives.preference import PairwiseObjective
 from guerdon.objectives.sides import with_reference

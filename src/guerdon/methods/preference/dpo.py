@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from guerdon.evaluation.language import sequence_kl
-from guerdon.experience.datasets import Data, batch_count, cached_reference
+from guerdon.experience.datasets import Data, batch_count
+from guerdon.experience.views import cached_reference
 from guerdon.objectives.divergence import FDivergence
 from guerdon.objectives.pair_losses import PairLoss
 from guerdon.objectives.preference import PairwiseObjective
