@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -225,12 +224,46 @@ def test_a_graph_for_another_batch() -> None:
         for_batch(plain, 0)
 
 
+# --- guerdon plan -------------------------------------------------------------------------------------------------
+
+
 def test_the_command_draws_and_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = dict.fromkeys(("task", "policy", "env", "reward", "cost", "actor"))
+    from guerdon.cli import main
+
     picture = tmp_path / "graph.png"
-    assert planning.main("rebel", SimpleNamespace(**wanted, draw=str(picture))) == 0
+    assert main(["plan", "rebel", "--draw", str(picture)]) == 0
     assert picture.stat().st_size < 60_000
     said = capsys.readouterr().out
     assert all(word in said for word in ("actor.sample", "reward.score", "actor.update", "generate"))
-    with pytest.raises(UsageError, match="'sac' acts in environments here"):
-        planning.main("sac", SimpleNamespace(**{**wanted, "actor": "7b", "draw": None}))
+
+
+def test_the_command_plans_and_its_plan_is_a_placement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from guerdon.cli import main
+    from guerdon.engine.meshes import read_placement
+
+    files = ["--out", str(tmp_path / "plan.json"), "--timeline", str(tmp_path / "timeline.png")]
+    sizes = ["--actor", "7b", "--critic", "7b", "--cluster", "2x8xH100", "--batch", "128", "--seconds", "2"]
+    assert main(["plan", "ppo", "--policy", "language", *sizes, *files]) == 0
+    said = capsys.readouterr().out
+    assert "megatron" in said
+    assert "reward.score" in said
+    assert (tmp_path / "timeline.png").stat().st_size > 10_000
+    placement = read_placement(tmp_path / "plan.json")
+    assert {"actor", "critic", "reference"} <= set(placement.mapping)
+
+
+def test_a_plan_that_fits_nowhere_is_refused_with_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    from guerdon.cli import main
+
+    assert main(["plan", "ppo", "--actor", "70b", "--critic", "70b", "--cluster", "1x8xH100"]) == 2
+    said = capsys.readouterr().err
+    assert "GiB" in said
+
+
+def test_a_controller_has_no_plan_for_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    from guerdon.cli import main
+
+    assert main(["plan", "sac", "--actor", "7b"]) == 2
+    assert "--actor" in capsys.readouterr().err

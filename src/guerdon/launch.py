@@ -117,7 +117,7 @@ def default_task(slug: str) -> str:
     fitting = tasks.with_kind(catalog.find(slug).policies)
     if not fitting:
         raise UsageError(f"no task fits '{slug}' yet")
-    wanted = _learns_from(method_class(slug))
+    wanted = learns_from(method_class(slug))
     return next((name for name in fitting if wanted <= set(tasks.find(name).supplies)), fitting[0])
 
 
@@ -125,7 +125,7 @@ RECORDED = ("preferences", "demonstrations", "rated")
 """Parameters of a method's ``train`` that ask for recorded data."""
 
 
-def _learns_from(method: Any) -> set[str]:
+def learns_from(method: Any) -> set[str]:
     """What a task must supply for a method: parameters of its ``train`` without a default, roles left out."""
     parameters = inspect.signature(method.train).parameters.values()
     return {p.name for p in parameters if p.name in RECORDED and p.default is p.empty}
@@ -202,7 +202,7 @@ class _Monitored:
 
 
 @dataclass
-class _Assembly:
+class Assembly:
     """A method, a task and the roles, ready to train or to answer."""
 
     method: Any
@@ -256,9 +256,10 @@ def _engine(config: dict[str, Any], roles: Sequence[str], overrides: dict[str, A
     return LocalEngine(device, threads, **overrides)
 
 
-def _assemble(
+def assemble(
     slug: str, method: Any, task_name: str, pieces: Pieces, engine: Engine, seed: int = 0
-) -> _Assembly:
+) -> Assembly:
+    """Task, roles and data for a method, ready to train. Raises `UsageError` for pieces that cannot go together."""
     policy_kind(slug, task_name)
     task = tasks.find(task_name)(pieces, method)
     kind = policy_kind(slug, task)
@@ -297,13 +298,13 @@ def _assemble(
     data = {
         name: getattr(task, name)(policy, seed)
         for name, parameter in wants.items()
-        if name in RECORDED and _is_given(method, task, parameter)
+        if name in RECORDED and is_given(method, task, parameter)
     }
     roles = {name: engine.role(name, model, settings=settings.get(name)) for name, model in models.items()}
-    return _Assembly(method, task, engine, roles, feedback, kind, data, cost)
+    return Assembly(method, task, engine, roles, feedback, kind, data, cost)
 
 
-def _is_given(method: Any, task: Task, parameter: inspect.Parameter) -> bool:
+def is_given(method: Any, task: Task, parameter: inspect.Parameter) -> bool:
     """Whether a parameter of ``train`` is filled: always where there is no default; else where the task has it and the
     method, as its options are, reads it (``unread`` names what it does not)."""
     if parameter.default is parameter.empty:
@@ -411,7 +412,7 @@ def train(
         GuerdonError: whatever is wrong with the input, before anything is trained.
         KeyboardInterrupt: stopped by the user, after saving.
     """
-    slug = method if isinstance(method, str) else _slug_of(method)
+    slug = method if isinstance(method, str) else slug_of(method)
     system = catalog.find(slug)
     function = reward if callable(reward) else None
     if isinstance(env_options, dict):
@@ -471,7 +472,8 @@ def resume(folder: str | Path, *, progress: bool = True, reward: Callable[..., A
     return _launch(Path(folder), config, method, content["seed"], progress, reward, again=True)
 
 
-def _slug_of(method: Any) -> str:
+def slug_of(method: Any) -> str:
+    """The slug of a method object. Raises `UsageError` for one that is not in the catalog."""
     for system in catalog.systems():
         if system.cls == type(method).__name__ and system.method == type(method).__module__:
             return system.slug
@@ -509,7 +511,7 @@ def _launch(
         with torch.random.fork_rng():
             # fresh weights follow from the seed; the run seeds all else when it begins
             torch.manual_seed(seed)
-            parts = _assemble(config["method"], method, config["task"], pieces, engine, seed)
+            parts = assemble(config["method"], method, config["task"], pieces, engine, seed)
         if function is not None:
             from guerdon.feedback.functions import FunctionReward
 
@@ -517,7 +519,7 @@ def _launch(
         parameters = inspect.signature(method.train).parameters
         wants = [p for p in parameters if p != "run"]
         asked = parameters.get("experience")
-        acts = asked is not None and _is_given(method, parts.task, asked)
+        acts = asked is not None and is_given(method, parts.task, asked)
         experience = _experience(parts.task, config.get("samplers") or 0, seed, engine) if acts else None
         if config.get("recompute") and getattr(experience, "unit", None) != "trajectory":
             raise UsageError(
@@ -609,7 +611,7 @@ def _nothing_left(folder: Path | None) -> Iterator[None]:
         raise
 
 
-def _finish(folder: Path, parts: _Assembly, before: Measured, after: Measured) -> list[str]:
+def _finish(folder: Path, parts: Assembly, before: Measured, after: Measured) -> list[str]:
     """Save the model and the report."""
     try:
         if hasattr(parts.trained.model, "save_pretrained"):
@@ -686,7 +688,7 @@ def load(folder: str | Path, *, untrained: bool = False, device: str = "auto") -
     with torch.random.fork_rng():
         seed = read_config(folder)["seed"]
         torch.manual_seed(seed)
-        parts = _assemble(config["method"], method, config["task"], Pieces(**config["pieces"]), engine, seed)
+        parts = assemble(config["method"], method, config["task"], Pieces(**config["pieces"]), engine, seed)
     step = 0
     if not untrained:
         newest = load_newest(folder)

@@ -98,7 +98,7 @@ def task_of(method: str, policy: str | None = None) -> str:
     if policy in tasks.find(default).kinds:
         return default
     for name in tasks.with_kind((policy,)):
-        if launch._learns_from(launch.method_class(method)) <= set(tasks.find(name).supplies):
+        if launch.learns_from(launch.method_class(method)) <= set(tasks.find(name).supplies):
             return name
     raise UsageError(f"no task traces '{system.slug}' with a {policy} policy")
 
@@ -131,7 +131,7 @@ def trace(
     Raises `UsageError` for an unknown method, task, policy or option, and whatever the method itself refuses.
     """
     named = isinstance(method, str)
-    slug = catalog.find(method).slug if named else like or launch._slug_of(method)
+    slug = catalog.find(method).slug if named else like or launch.slug_of(method)
     task = task or (task_of(slug, policy) if env is None else "control")
     pieces = Pieces(reward=reward, env=env, cost=cost)
     if options and not named:
@@ -174,7 +174,7 @@ def _record(slug: str, method: Any, task: str, pieces: Pieces, seed: int, share:
     try:
         with tempfile.TemporaryDirectory(prefix="guerdon-trace-") as folder:
             torch.manual_seed(seed)
-            parts = launch._assemble(slug, method, task, pieces, engine, seed)
+            parts = launch.assemble(slug, method, task, pieces, engine, seed)
             asked = inspect.signature(method.train).parameters
             available: dict[str, Any] = dict(parts.roles)
             for name, data in parts.data.items():
@@ -184,7 +184,7 @@ def _record(slug: str, method: Any, task: str, pieces: Pieces, seed: int, share:
                 if judge is not None:
                     called = "reward" if name == "feedback" else name
                     available[name] = Watched(recorder, judge, called, _kind_of(judge), _JUDGING)
-            if "experience" in asked and launch._is_given(method, parts.task, asked["experience"]):
+            if "experience" in asked and launch.is_given(method, parts.task, asked["experience"]):
                 experience = parts.task.experience(seed)
                 recorder.unit = experience.unit
                 if not hasattr(experience, "prompts"):  # answers to prompts are the work of a model
@@ -271,9 +271,11 @@ def main(method: str, options: Any) -> int:
     given = {name: getattr(options, name) for name in ("task", "policy", "env", "reward", "cost")}
     if options.actor is not None and given["policy"] is None and "language" in catalog.find(method).policies:
         given["policy"] = "language"
-    reward = options.critic if options.reward_model is None else options.reward_model
-    if options.actor is not None and reward not in (None, "none"):
-        given["judge"] = "model"
+    reward = None
+    if options.actor is not None:
+        reward = options.critic if options.reward_model is None else options.reward_model
+        reward = None if reward == "none" else reward
+        given["judge"] = "any" if reward is None else "model"
     graph = trace(method, **given)
     if options.draw:
         console.print(f"graph: {graph.draw(options.draw)}", highlight=False)

@@ -35,7 +35,7 @@ def test_a_method_logs_the_same_on_two_workers(
         begin(self, *args, **{**settings, "backend": "process"})  # they start faster than Ray's
 
     monkeypatch.setattr(RayEngine, "__init__", with_processes)
-    monkeypatch.setattr(launch._Assembly, "measure", lambda self: Measured({}, None))
+    monkeypatch.setattr(launch.Assembly, "measure", lambda self: Measured({}, None))
     monkeypatch.setattr(launch, "_finish", lambda *args: [])
     monkeypatch.setattr(Run, "_reached", lambda self, metrics: self._position.done >= 1)  # two records
     logged = []

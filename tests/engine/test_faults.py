@@ -52,7 +52,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[RayEngine]:
         made.append(self)
 
     monkeypatch.setattr(RayEngine, "__init__", watched)
-    monkeypatch.setattr(launch._Assembly, "measure", lambda self: Measured({}, None))
+    monkeypatch.setattr(launch.Assembly, "measure", lambda self: Measured({}, None))
     return made
 
 
@@ -92,7 +92,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, floa
     """What a run logs to which nothing happens (in one process: the numbers are the same)."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch._Assembly, "measure", lambda self: Measured({}, None))
+        patch.setattr(launch.Assembly, "measure", lambda self: Measured({}, None))
         result = launch.train(**{**TINY, "engine": "local"}, runs=folder, reward=letters)
     return records(result.folder)
 
@@ -207,7 +207,7 @@ def test_nothing_is_left_of_a_run_whose_controller_is_killed(
     while left := list(of_run(marker)):
         assert time.monotonic() < deadline, f"still there: {left}"
         time.sleep(0.2)
-    monkeypatch.setattr(launch._Assembly, "measure", lambda self: Measured({}, None))
+    monkeypatch.setattr(launch.Assembly, "measure", lambda self: Measured({}, None))
     launch.resume(tmp_path / "run", progress=False, reward=letters)
     assert_same(records(tmp_path / "run"), undisturbed)
     assert torch.get_num_threads() >= 1

@@ -222,6 +222,13 @@ class Dies(PPOCalls):
         return super().__call__(work)
 
 
+def test_a_dataset_without_what_is_read_is_refused() -> None:
+    with pytest.raises(UsageError, match="gave no 'prompt' for sequence 0; did you mean 'prompts'"):
+        start(
+            {name: Mesh(Layout(1), (0,)) for name in NAMES}, data=lambda row: {"prompts": torch.ones(2)}
+        ).run(1)
+
+
 def test_a_worker_that_dies_ends_the_run_with_its_name() -> None:
     began = time.monotonic()
     with pytest.raises(WorkerError, match=r"worker [01] of 'runtime' .* died during 'execute'"):

@@ -149,7 +149,7 @@ def trained(
     pieces = Pieces(env=options.pop("env"))
     method = launch.method_for(slug, "control", pieces, **options)
     torch.manual_seed(0)
-    parts = launch._assemble(slug, method, "control", pieces, engine or LocalEngine("cpu", 1), 3)
+    parts = launch.assemble(slug, method, "control", pieces, engine or LocalEngine("cpu", 1), 3)
     assert isinstance(parts.task, Control)
     experience: Rollouts = parts.task.experience(3)
     if samplers:

@@ -27,7 +27,7 @@ from guerdon.engine.reallocation import Reallocation
 from guerdon.engine.sharded import Blueprint
 from guerdon.engine.shards import Groups, Mesh, Store
 from guerdon.engine.workers import Worker, register
-from guerdon.errors import ShapeError, UsageError
+from guerdon.errors import ShapeError, UsageError, nearest
 
 Size = tuple[int, ...]
 
@@ -229,6 +229,10 @@ class ModelWorker(Worker):
             if row % self.world_size == self.rank:
                 columns = self.source(row)
                 for key, sizes in found.items():
+                    if key not in columns:
+                        raise UsageError(
+                            f"the dataset gave no '{key}' for sequence {row}; {nearest(key, columns)}"
+                        )
                     sizes[row] = self._keep(key, row, columns[key])
         return Answer(found)
 
