@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from guerdon import catalog, planning
+from guerdon import catalog
 from guerdon.engine.graph import DataflowGraph, ModelFunctionCall, ParamRealloc
 from guerdon.errors import UsageError
 from guerdon.launch import method_for

@@ -588,9 +588,7 @@ def _compiles(method: Any, task: str, device: str, engine: str) -> bool | None:
     resumed run computes the same numbers."""
     if task != "control" or engine != "local":  # a compiled update is that of one process
         return None
-    if wants_groups(
-        method
-    ):  # whole episodes: each batch is as long as its longest, and would be compiled anew
+    if wants_groups(method):  # batches as long as their longest episode: each would be compiled anew
         return None
     from guerdon import compiled
 

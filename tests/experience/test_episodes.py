@@ -139,3 +139,10 @@ def test_a_compiled_update_of_episodes_is_refused(tmp_path):
 
     with pytest.raises(UsageError, match="cannot be compiled"):
         train("grpo", env="CartPole-v1", runs=tmp_path, progress=False, compile=True)
+
+
+def test_samplers_are_refused(tmp_path):
+    from guerdon.launch import train
+
+    with pytest.raises(UsageError, match="leave out --samplers"):
+        train("grpo", env="CartPole-v1", runs=tmp_path, progress=False, samplers=2)

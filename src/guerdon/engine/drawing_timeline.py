@@ -60,13 +60,14 @@ def draw_timeline(found: Timeline, path: Path, title: str, iterations: int) -> P
             node * found.gpus_per_node, color=_GRID, linewidth=0.8, zorder=1 if found.nodes > 4 else 2
         )
     _ticks(axes, found.nodes, found.gpus_per_node)
-    axes.set_xlabel("seconds (simulated)", color=_INK)
+    axes.set_xlabel(f"seconds ({'measured' if found.measured else 'simulated'})", color=_INK)
     axes.tick_params(colors=_INK, labelsize=9, length=3, color="#999999")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#999999")
+    unit, name = (GiB, "GiB") if found.capacity >= GiB else (2**20, "MiB")
     facts = (
         f"{found.seconds:.1f} s an iteration, GPUs taken {100 * found.busy:.1f}% of the time, at most "
-        f"{found.peak / GiB:.1f} of {found.capacity / GiB:.0f} GiB a GPU"
+        f"{found.peak / unit:.1f} of {found.capacity / unit:.0f} {name} a GPU"
     )
     axes.set_title(f"{title}: {facts}" if title else facts, fontsize=10, color=_INK, loc="left")
     handles = [Patch(facecolor=colour, label=call) for call, colour in colours.items()]

@@ -406,4 +406,5 @@ def measured(graph: DataflowGraph, plan: ExecutionPlan, done: Sequence[Done]) ->
         1 + max(row.iteration for row in rows),
         tuple((rank, rank + 1, float(held[rank])) for rank in range(plan.nodes * plan.gpus_per_node)),
         float(max(held.values())),
+        measured=True,
     )

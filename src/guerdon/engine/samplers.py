@@ -36,6 +36,7 @@ from guerdon.engine.role_worker import whole_state
 from guerdon.engine.rows import even_sizes
 from guerdon.engine.workers import Future, Worker, WorkerError, WorkerGroup, register
 from guerdon.errors import CheckpointError, UsageError
+from guerdon.experience.base import wants_groups
 from guerdon.experience.environments import Environments, make
 from guerdon.experience.replay import Replay
 from guerdon.experience.rollouts import Rollouts, at
@@ -624,6 +625,11 @@ def remote_rollouts(
     if not isinstance(task, Control):
         raise UsageError(
             f"samplers step environments, and the task '{task.name}' has none; leave out --samplers"
+        )
+    if task.method is not None and wants_groups(task.method):
+        raise UsageError(
+            f"{type(task.method).__name__} compares whole episodes, which samplers would cut into rows of steps; leave out "
+            "--samplers"
         )
     placement = getattr(engine, "placement", None)
     if placement is not None and not placement.inline:

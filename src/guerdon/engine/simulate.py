@@ -53,6 +53,7 @@ class Timeline:
     iterations: int
     memory: tuple[tuple[int, int, float], ...]
     capacity: float
+    measured: bool = False  # by a clock; else simulated
 
     @property
     def total(self) -> float:
