@@ -846,7 +846,7 @@ SYSTEMS: tuple[System, ...] = (
         "ReaLHF: Optimized RLHF Training for Large Language Models through Parameter Reallocation",
         "language",
         "Searches a device mesh and layout for each call and moves parameters between them",
-        paper=64, module="plan",
+        paper=64, module="plan", ready=True,
     ),
     # ------------------------------------------------------------------ study: surveys and diagnoses
     _row(

@@ -71,7 +71,7 @@ def test_a_new_objective_is_a_row_and_a_new_policy_a_column(registered, tmp_path
             found = run_cell(row, HEADS)
             assert found["after"] > 0.8, (name, found)
     records = grid.run_grid(["toy", "dpo"], ["coin"], [0], tmp_path / "cells.jsonl")
-    made = report.summarise(records, ["toy", "dpo"], ["coin"], 1.0)
+    made = report.summarise(records, ["toy", "dpo"], ["coin"])
     assert set(made["cells"]) == {"toy", "dpo"}
 
 
@@ -204,6 +204,21 @@ def test_the_command_writes_record_picture_and_exit_status(tmp_path, capsys):
     assert "discount" in record["cells"]["cpl_discounted"]["table"]["senseless"]
     assert (tmp_path / "matrix.png").stat().st_size > 5000
     assert "1 of 2 cells work" in capsys.readouterr().out
+
+
+def test_measuring_a_part_keeps_the_rest_of_the_record(tmp_path, registered):
+    from dataclasses import replace
+
+    records = grid.run_grid(["dpo", "toy"], ["coin", "table"], [0], tmp_path / "cells.jsonl")
+    whole = report.summarise(records, ["dpo", "toy"], ["coin", "table"])
+    again = grid.run_grid(["dpo"], ["coin"], [1], tmp_path / "cells.jsonl")
+    record = report.summarise(again, ["dpo"], ["coin"], json.loads(json.dumps(whole)))
+    assert record["cells"]["dpo"]["coin"]["seeds"] == [1]
+    assert record["cells"]["toy"] == whole["cells"]["toy"]
+    matrix.register(replace(ROWS["toy"], epochs=1))  # other settings: what was measured is no longer true
+    record = report.summarise(again, ["dpo"], ["coin"], whole)
+    assert "toy" not in record["cells"]
+    assert record["cells"]["dpo"]["table"] == whole["cells"]["dpo"]["table"]
 
 
 def test_unknown_names_get_the_nearest(capsys):

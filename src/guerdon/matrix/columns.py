@@ -150,7 +150,7 @@ COLUMNS: dict[str, Column] = {
             "redness",
             problem="pictures of shapes, 4 denoising steps: red ones",
             samples=32,
-            lr=3e-4,
+            lr=1e-4,
             sampling={"steps": 4, "guidance": 8.0},
         ),
     )

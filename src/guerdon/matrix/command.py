@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,8 @@ class MatrixOptions:
 
 
 def main(options: MatrixOptions) -> int:
-    """Measure what is missing of the grid, write the record and the picture. Returns 0 if every cell works that has sense,
-    else 1."""
+    """Measure what is missing of the grid, bring record and picture up to date. Returns 0 if every cell of them works that has
+    sense, else 1."""
     plugins = _names(options.plugin)
     for path in plugins:
         if not Path(path).is_file():
@@ -54,7 +55,9 @@ def main(options: MatrixOptions) -> int:
         )
 
     records = run_grid(rows, columns, seeds, Path(options.store), options.jobs, plugins, report)
-    record = summarise(records, rows, columns, sum(r["seconds"] for r in records))
+    held = Path(options.out) / "matrix.json"
+    before = json.loads(held.read_text(encoding="utf-8")) if held.is_file() else None
+    record = summarise(records, rows, columns, before)
     print(f"\n{format_table(table(record))}\n")
     for line in remarks(record):
         print(line)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from guerdon.matrix.columns import COLUMNS
+from guerdon.matrix.grid import fingerprint
 from guerdon.matrix.rows import ROWS
 from guerdon.run.records import machine
 
@@ -17,18 +18,39 @@ CONTROL = 0.5  # the control's share is at most this part of it
 
 
 def summarise(
-    records: Sequence[dict[str, Any]], rows: Sequence[str], columns: Sequence[str], seconds: float
+    records: Sequence[dict[str, Any]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    before: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The matrix of ``rows`` and ``columns`` as one JSON value; ``seconds``: of training, over all cells.
+    """The matrix of ``rows`` and ``columns`` as one JSON value.
+
+    Args:
+        before: an earlier record, whose other cells are kept as long as their settings are those of now.
 
     ``cells[row][column]``: for a cell that was measured ``share``, how much of the way from the untrained policy to the
     column's goal was gone, and ``control``, the same with shuffled feedback (means over seeds; ``shares`` and ``controls``
-    one by one); ``before``, ``after`` and ``spread`` of the reward, ``seconds`` of training, ``works``. For one without
-    sense ``senseless``, the reason; for one that failed outright ``error``.
+    one by one, of ``seeds``); ``before``, ``after`` and ``spread`` of the reward, ``seconds`` of training, ``works``. For one
+    without sense ``senseless``, the reason; for one that failed outright ``error``.
     """
+    asked = {(row, column) for row in rows for column in columns}
+    kept = {
+        (row, column): cell
+        for row, by_column in ((before or {}).get("cells") or {}).items()
+        for column, cell in by_column.items()
+        if row in ROWS
+        and column in COLUMNS
+        and (row, column) not in asked
+        and ("senseless" in cell or cell.get("settings") == fingerprint(ROWS[row], COLUMNS[column]))
+    }
+    rows = [row for row in ROWS if any(row == place[0] for place in (*asked, *kept))]
+    columns = [column for column in COLUMNS if any(column == place[1] for place in (*asked, *kept))]
     cells: dict[str, dict[str, Any]] = {row: {} for row in rows}
     for row in rows:
         for column in columns:
+            if (row, column) in kept:
+                cells[row][column] = kept[row, column]
+                continue
             why = ROWS[row].senseless(COLUMNS[column])
             if why:
                 cells[row][column] = {"senseless": why}
@@ -49,8 +71,9 @@ def summarise(
         },
         "cells": cells,
         "thresholds": {"works": WORKS, "control": CONTROL},
-        "seeds": sorted({r["seed"] for r in records}),
-        "seconds": round(seconds, 1),
+        "seconds": round(
+            sum(cell.get("seconds_all", 0.0) for by in cells.values() for cell in by.values()), 1
+        ),
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -68,6 +91,9 @@ def _cell(trained: list[dict[str, Any]], control: list[dict[str, Any]], goal: fl
         "controls": [round(s, 4) for s in other],
         **{key: round(_mean([r[key] for r in trained]), 4) for key in ("before", "after", "spread")},
         "seconds": round(_mean([r["seconds"] for r in trained]), 1),
+        "seconds_all": round(sum(r["seconds"] for r in (*trained, *control)), 1),
+        "seeds": sorted(r["seed"] for r in trained),
+        "settings": trained[0]["settings"],
         "updates": trained[0]["updates"],
         "works": not error and mean >= WORKS and mean_control <= CONTROL * mean,
         "error": error,

@@ -69,8 +69,17 @@ def benchmark(record: dict[str, Any]) -> str:
 def matrix(record: dict[str, Any]) -> str:
     """The grid's table, what is to be said about single cells, and where it was measured."""
     remarks = "\n".join(f"* {line}" for line in report.remarks(record))
-    seeds = ", ".join(map(str, record["seeds"]))
-    seconds = f"{record['seconds'] / 60:.0f} minutes of training on one core, all cells, controls and seeds ({seeds})"
+    by_seeds: dict[str, set[str]] = {}
+    for by_column in record["cells"].values():
+        for column, cell in by_column.items():
+            if "seeds" in cell:
+                seeds = ", ".join(map(str, cell["seeds"]))
+                by_seeds.setdefault(seeds, set()).add(record["columns"][column]["title"])
+    said = "; ".join(
+        f"seed{'s' if ',' in seeds else ''} {seeds}: {', '.join(sorted(titles))}"
+        for seeds, titles in by_seeds.items()
+    )
+    seconds = f"{record['seconds'] / 60:.0f} minutes of training on one core, all cells, controls and seeds ({said})"
     return f"{markdown(report.table(record))}\n\n{remarks}\n\n{seconds}. ({_machine(record)})"
 
 
