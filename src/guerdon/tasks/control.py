@@ -47,6 +47,18 @@ _VEHICLE: Mapping[str, Any] = {
 }
 
 
+# of methods that compare whole episodes from one starting state
+_GROUPS: Mapping[str, Any] = {
+    "rounds": 40,
+    "prompts_per_round": 8,
+    "group_size": 8,
+    "minibatch": 32,
+    "lr": 3e-3,
+    "kl": 0.0,
+    "epochs": 2,
+}
+
+
 class EnvironmentReward:
     """The judge that the environment itself is: rewards as they came."""
 
@@ -141,24 +153,8 @@ class Control(Task):
             "critic_lr": 3e-4,
         },
         "reinforce": {"rounds": 100, "samples": 2048, "lr": 3e-3},
-        "grpo": {
-            "rounds": 40,
-            "prompts_per_round": 8,
-            "group_size": 8,
-            "minibatch": 32,
-            "lr": 3e-3,
-            "kl": 0.0,
-            "epochs": 2,
-        },
-        "rloo": {
-            "rounds": 40,
-            "prompts_per_round": 8,
-            "group_size": 8,
-            "minibatch": 32,
-            "lr": 3e-3,
-            "kl": 0.0,
-            "epochs": 2,
-        },
+        "grpo": _GROUPS,
+        "rloo": _GROUPS,
         "rebel": {
             "rounds": 80,
             "prompts_per_round": 32,
