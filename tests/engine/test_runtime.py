@@ -29,6 +29,7 @@ from guerdon.engine.runtime import Done, Runtime, homes_of, measured, meshes_of
 from guerdon.engine.sharded import Blueprint
 from guerdon.engine.shards import Mesh
 from guerdon.errors import GuerdonError, UsageError
+from guerdon.reproductions.realhf import ALL, plans_of_four
 
 BATCH, STEPS = 12, 3
 CALLS = PPOCalls(minibatches=2, max_new_tokens=10)
@@ -53,22 +54,7 @@ def prompts(row: int, most: int = 8) -> dict[str, Tensor]:
     return {"prompt": torch.randint(1, 37, (length,), generator=generator)}
 
 
-ALL = (0, 1, 2, 3)
-EVERYWHERE = {name: Mesh(Layout(dp=4), ALL) for name in NAMES}
-MIXED = EVERYWHERE | {
-    "actor_gen": Mesh(Layout(dp=2, tp=2), ALL),
-    "actor_train": Mesh(Layout(dp=2, pp=2), ALL),
-    "critic_train": Mesh(Layout(dp=1, tp=4), ALL),
-    "rew_inf": Mesh(Layout(dp=2), (0, 1)),
-}
-APART = {
-    "actor_gen": Mesh(Layout(dp=1, pp=2), (0, 1)),
-    "rew_inf": Mesh(Layout(dp=1, tp=2), (2, 3)),
-    "ref_inf": Mesh(Layout(dp=1), (3,)),
-    "critic_inf": Mesh(Layout(dp=2, tp=2), ALL),
-    "actor_train": Mesh(Layout(dp=1, pp=2, tp=2), ALL),
-    "critic_train": Mesh(Layout(dp=2), (1, 2)),
-}
+EVERYWHERE, MIXED, APART = plans_of_four().values()
 
 
 @pytest.fixture(scope="module", autouse=True)

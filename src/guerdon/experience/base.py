@@ -6,6 +6,7 @@ import inspect
 from typing import Any, Literal, Protocol
 
 from guerdon.batch import Trajectories
+from guerdon.errors import UsageError
 
 
 class Experience(Protocol):
@@ -40,6 +41,12 @@ class Grouped(Experience, Protocol):
     """
 
     unit: Literal["trajectory"]  # type: ignore[assignment]
+
+
+def check_groups(n: int, size: int) -> None:
+    """Raise `UsageError` where ``n`` trajectories are no whole groups of ``size``."""
+    if n < 1 or n % size:
+        raise UsageError(f"cannot collect {n} trajectories in groups of {size}; use a multiple")
 
 
 def wants_groups(method: Any) -> bool:

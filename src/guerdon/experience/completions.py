@@ -12,6 +12,7 @@ from torch import Tensor
 
 from guerdon.batch import Trajectories
 from guerdon.errors import FeedbackError, UsageError
+from guerdon.experience.base import check_groups
 from guerdon.experience.prompts import Prompted, Prompts, Sampler
 from guerdon.randomness import row_seeds
 
@@ -73,8 +74,7 @@ class Completions(Prompted):
             return super().collect(actor, n, group_size, **options)
         if size > drawn:
             raise UsageError(f"groups of {size} cannot be kept of {drawn} answers; set draw higher")
-        if n < 1 or n % size:
-            raise UsageError(f"cannot collect {n} trajectories in groups of {size}; use a multiple")
+        check_groups(n, size)
         places = [place for place in self.prompts.draw(n // size) for _ in range(drawn)]
         seeds = row_seeds(self.seed, self.rows, len(places))
         self.rows += len(places)

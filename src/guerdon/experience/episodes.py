@@ -15,8 +15,9 @@ from torch import Tensor
 
 from guerdon.batch import Trajectories
 from guerdon.errors import UsageError
+from guerdon.experience.base import check_groups
 from guerdon.experience.environments import Environments, make
-from guerdon.experience.rollouts import draw_noise, put, room, rows_first
+from guerdon.experience.rollouts import draw_noise, normalises, put, room, rows_first
 from guerdon.randomness import mix
 from guerdon.roles import Role
 
@@ -57,9 +58,8 @@ class Episodes:
         cannot be seeded, or an actor that normalises its observations.
         """
         size = group_size or self.group_size
-        if n < 1 or n % size:
-            raise UsageError(f"cannot collect {n} trajectories in groups of {size}; use a multiple")
-        if actor.model.features.scaler is not None:  # type: ignore[union-attr]
+        check_groups(n, size)
+        if normalises(actor):
             raise UsageError(
                 f"'{actor.name}' normalises its observations, which whole episodes in groups cannot serve; leave that out"
             )

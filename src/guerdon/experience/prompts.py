@@ -16,6 +16,7 @@ from torch import Tensor
 
 from guerdon.batch import Trajectories
 from guerdon.errors import DataError, UsageError
+from guerdon.experience.base import check_groups
 from guerdon.randomness import mix, row_seeds
 
 
@@ -161,8 +162,7 @@ class Prompted:
         Raises `UsageError` when ``n`` is not a positive multiple of ``group_size``.
         """
         size = group_size or self.group_size
-        if n < 1 or n % size:
-            raise UsageError(f"cannot collect {n} trajectories in groups of {size}; use a multiple")
+        check_groups(n, size)
         places = [p for p in self.prompts.draw(n // size) for _ in range(size)]
         seeds = row_seeds(self.seed, self.rows, n)
         self.rows += n

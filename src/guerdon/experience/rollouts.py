@@ -211,7 +211,7 @@ class Rollouts:
 
     def _normalises(self, actor: Role) -> bool:
         """Whether the actor keeps statistics of its observations."""
-        return actor.model.features.scaler is not None  # type: ignore[union-attr]
+        return normalises(actor)
 
     def _take_statistics(self, actor: Role) -> None:
         if not self._normalises(actor):
@@ -260,6 +260,11 @@ class Rollouts:
 
 
 # --- arrays, or dictionaries of arrays --------------------------------------------------------------------
+
+
+def normalises(actor: Role) -> bool:
+    """Whether the actor keeps statistics of its observations."""
+    return actor.model.features.scaler is not None  # type: ignore[union-attr]
 
 
 def draw_noise(random: np.random.Generator, kind: tuple[str, int], shape: tuple[int, ...]) -> np.ndarray:

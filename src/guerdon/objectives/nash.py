@@ -20,7 +20,7 @@ from guerdon.batch import Trajectories
 from guerdon.errors import UsageError
 from guerdon.objectives.base import Metrics, check_choices, required
 from guerdon.objectives.policy_gradient import drift
-from guerdon.objectives.reduction import reduce, reduction_weight
+from guerdon.objectives.reduction import reduce, reduction_weight, to_go
 
 
 @dataclass
@@ -61,9 +61,7 @@ class PreferenceGradient:
         reference = required(self, batch, "reference_log_prob")
         log_prob = policy.log_prob(batch)
         ratio = torch.where(mask, log_prob.detach() - reference, 0.0)
-        charge = (
-            ratio.sum(1, keepdim=True) if self.credit == "trajectory" else ratio.flip(1).cumsum(1).flip(1)
-        )
+        charge = ratio.sum(1, keepdim=True) if self.credit == "trajectory" else to_go(ratio)
         loss = reduce(-(advantage - self.tau * charge) * log_prob, mask, "sum")
         kl = reduce(ratio, mask, "sum")
         metrics = {

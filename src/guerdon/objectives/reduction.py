@@ -64,3 +64,8 @@ def reduction_weight(mask: Bool[Tensor, "batch step"], how: Reduction = "step") 
 
 def _unknown(how: str) -> UsageError:
     return UsageError(f"there is no reduction '{how}': {nearest(how, get_args(Reduction))}")
+
+
+def to_go(values: Tensor) -> Tensor:
+    """``[B, T]``: the sum of each row from a step to the end."""
+    return values.flip(1).cumsum(1).flip(1)

@@ -12,6 +12,7 @@ from guerdon.batch import Trajectories
 from guerdon.objectives.base import Metrics, check_choices, required
 from guerdon.objectives.groups import group_sum, groups_of
 from guerdon.objectives.policy_gradient import drift
+from guerdon.objectives.reduction import to_go
 
 
 @dataclass
@@ -53,7 +54,7 @@ class ReverseKL:
         log_prob = policy.log_prob(batch)
         cost = torch.where(batch.mask, log_prob.detach() - reference, 0.0)
         total = cost.sum(1)
-        charge = total[:, None].expand_as(cost) if self.credit == "trajectory" else _to_go(cost)
+        charge = total[:, None].expand_as(cost) if self.credit == "trajectory" else to_go(cost)
         if self.leave_one_out:
             n = counts.to(charge.dtype)[:, None]
             mean = group_sum(charge, index, counts) / n
@@ -70,8 +71,3 @@ class ReverseKL:
             return groups_of(batch, self)
         index = torch.arange(len(batch.mask), device=batch.mask.device)
         return index, torch.ones_like(index)
-
-
-def _to_go(values: Tensor) -> Tensor:
-    """``[B, T]``: the sum of each row from a step to the end."""
-    return values.flip(1).cumsum(1).flip(1)
